@@ -1,0 +1,2 @@
+//! Where experts live.
+#![forbid(unsafe_code)]
