@@ -61,7 +61,7 @@ class Plan:
         """A plan of parts that fit; the load is copied, since its owner may change it."""
         plan = object.__new__(cls)
         plan._placement = placement
-        plan._expert_load = expert_load.copy()
+        plan._expert_load = expert_load + np.float32(0)  # a copy in which -0.0, too, is 0.0
         plan._expert_load.flags.writeable = False
         plan._num_groups = num_groups
         plan._policy = policy

@@ -135,8 +135,8 @@ def loads(  # noqa: D417 - hypothesis passes `draw`
 ) -> Load:
     """Loads `[L, E]`, float32, of every kind that has been seen to break a planner.
 
-    Even and skewed ones, small whole numbers that tie, zeros (some or all), a single hot expert,
-    values so large that their sums are near the end of float32, and denormals.
+    Even and skewed ones, small whole numbers that tie, zeros of either sign (some or all), a single
+    hot expert, values so large that their sums are near the end of float32, and denormals.
 
     Args:
         num_layers: L; by default from 1 to ``max_layers``.
@@ -161,7 +161,7 @@ def loads(  # noqa: D417 - hypothesis passes `draw`
                 st.integers(0, 3).map(float),
                 st.integers(0, 100_000).map(float),
                 st.floats(0.0, 20.0, width=32).map(lambda power: float(np.float32(2.0**power))),
-                st.just(0.0),
+                st.sampled_from([0.0, -0.0]),
                 st.one_of(st.just(0.0), st.floats(0.0, 1e6, width=32)),
                 st.floats(0.0, largest, width=32),
                 st.floats(0.0, tiniest, width=32, exclude_max=True),
