@@ -164,8 +164,9 @@ class Plan:
     def balance(self) -> float:
         """Sum over layers of the mean rank load / sum over layers of the largest; 1 is perfect,
         and what an all-zero load has."""
-        largest = float(self.rank_load.max(axis=1).sum())
-        return float(self.rank_load.mean(axis=1).sum()) / largest if largest > 0 else 1.0
+        mean, largest = self._mean_and_largest
+        total = float(largest.sum())
+        return float(mean.sum()) / total if total > 0 else 1.0
 
     @property
     def imbalance(self) -> float:
@@ -175,10 +176,15 @@ class Plan:
     @cached_property
     def layer_imbalance(self) -> npt.NDArray[np.float64]:
         """`[L]` float64, largest over mean rank load of each layer; 1 for a layer without load."""
-        mean = self.rank_load.mean(axis=1)
-        largest = self.rank_load.max(axis=1)
+        mean, largest = self._mean_and_largest
         ones = np.ones(self.num_layers)
         return _read_only(np.divide(largest, mean, out=ones, where=mean > 0))
+
+    @cached_property
+    def _mean_and_largest(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """`[L]` each, of the rank loads; rounding does not put a mean above its largest."""
+        largest = self.rank_load.max(axis=1)
+        return np.minimum(self.rank_load.mean(axis=1), largest), largest
 
     @cached_property
     def lower_bound(self) -> npt.NDArray[np.float64]:

@@ -525,7 +525,7 @@ def check_plan(plan: Plan) -> None:
         ),
     )
     balance = mean.sum() / largest.sum() if largest.sum() > 0 else 1.0
-    if not np.isclose(plan.balance, balance, rtol=1e-9) or not 0 < plan.balance <= 1 + 1e-9:
+    if not np.isclose(plan.balance, balance, rtol=1e-9) or not 0 < plan.balance <= 1:
         raise AssertionError(f"balance is {plan.balance}, not {balance}")
     if not np.isclose(plan.imbalance, 1 / balance, rtol=1e-9):
         raise AssertionError(f"imbalance is {plan.imbalance}, not {1 / balance}")

@@ -264,6 +264,16 @@ def test_balance_is_a_fraction_and_the_bound_is_below_it(plan: Plan) -> None:
     assert (plan.lower_bound >= mean * (1 - 1e-12)).all()
 
 
+@given(st.integers(1, 100), st.floats(0.0, 1e9, width=32), st.integers(1, 3))
+def test_even_ranks_are_balanced_to_the_last_digit(
+    num_gpus: int, tokens: float, num_layers: int
+) -> None:
+    plan = Planner(Topology(1, num_gpus, 1)).plan([[tokens]] * num_layers)
+    assert plan.balance <= 1.0 <= plan.imbalance
+    assert (plan.layer_imbalance >= 1.0).all()
+    assert plan.balance == pytest.approx(1.0, abs=1e-12)
+
+
 def least_largest_load(load: npt.NDArray[Any], topology: Topology) -> float:
     """The least load of the heaviest rank over all placements of one layer, by trying all."""
     num_gpus, width = topology.num_gpus, topology.slots_per_gpu
