@@ -1,0 +1,63 @@
+"""How the documentation is built: make docs."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version as version_of
+
+from docutils import nodes
+from docutils.parsers.rst import Directive
+from sphinx.application import Sphinx
+
+project = "eplb-rs"
+author = "The eplb-rs authors"
+copyright = f"2026, {author}"
+release = version_of("eplb-rs")
+version = release
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"eplb-rs {release}"
+
+# `[L, E]` in a docstring is code.
+default_role = "code"
+
+myst_enable_extensions = ["colon_fence", "dollarmath", "fieldlist"]
+myst_heading_anchors = 3
+
+autoclass_content = "class"
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+
+class CommandHelp(Directive):
+    """What a command of the command line says of itself, run when the page is built."""
+
+    optional_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """The text of `eplb COMMAND --help`."""
+        command = [*self.arguments, "--help"]
+        done = subprocess.run(
+            [sys.executable, "-m", "eplb_rs", *command],
+            env={**os.environ, "COLUMNS": "90", "NO_COLOR": "1"},
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        text = f"$ {' '.join(['eplb', *command])}\n{done.stdout}"
+        return [nodes.literal_block(text, text, language="text")]
+
+
+def setup(app: Sphinx) -> None:
+    """Registers the directive."""
+    app.add_directive("command-help", CommandHelp)
