@@ -104,8 +104,7 @@ docs: tools $(STAMPS)/docs $(STAMPS)/demo $(STAMPS)/installed ## Documentation i
 
 .PHONY: bench
 bench: tools $(STAMPS)/bench $(STAMPS)/installed ## Time the planner, in Rust and through Python
-	@$(STEP) 'rust benches' $(CARGO) bench --locked --package eplb
-	@$(STEP) 'python benches' $(BIN)/python benches/planner.py
+	@$(STEP) 'benches' $(BIN)/python benches/planner.py
 	@$(STEP) 'table in README.md' $(BIN)/python benches/readme_table.py
 
 .PHONY: wheel

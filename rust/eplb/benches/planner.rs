@@ -1,7 +1,7 @@
 //! Times the planner on a load from a file, and prints what it saw as JSON.
 //!
-//! `cargo bench -p eplb --bench planner -- FILE LAYERS EXPERTS REPLICAS GROUPS NODES GPUS [SECONDS]`,
-//! where FILE holds little-endian `f32` loads, row-major. `benches/bench_planner.py` makes such
+//! `cargo bench -p eplb --bench planner -- FILE LAYERS EXPERTS REPLICAS GROUPS NODES GPUS [LENGTH]`,
+//! where LENGTH is seconds of calls, or a number of calls (`10x`), and FILE holds little-endian `f32` loads, row-major. `benches/bench_planner.py` makes such
 //! files, runs this on all its cases and compares the answers.
 #![expect(
     clippy::print_stdout,
@@ -10,7 +10,7 @@
 )]
 
 use std::hint::black_box;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use eplb::{Load, PlacementMut, Planner, Policy, Topology};
 
@@ -20,14 +20,18 @@ fn main() {
         .filter(|argument| argument != "--bench")
         .collect();
     let [file, sizes @ ..] = &arguments[..] else {
-        println!("usage: FILE LAYERS EXPERTS REPLICAS GROUPS NODES GPUS [SECONDS]");
+        println!("usage: FILE LAYERS EXPERTS REPLICAS GROUPS NODES GPUS [LENGTH]");
         return;
     };
     let number = |index: usize| sizes[index].parse::<usize>().unwrap();
     let (layers, experts) = (number(0), number(1));
     let topology = Topology::from_totals(number(2), number(4), number(5)).unwrap();
     let planner = Planner::new(topology, number(3), Policy::DeepSeek, 1).unwrap();
-    let seconds = sizes.get(6).map_or(1.0, |text| text.parse().unwrap());
+    let length = sizes.get(6).map_or("1", String::as_str);
+    let (calls, seconds) = match length.strip_suffix('x') {
+        Some(calls) => (calls.parse().unwrap(), f64::INFINITY),
+        None => (usize::MAX, length.parse().unwrap()),
+    };
 
     let values: Vec<f32> = std::fs::read(file)
         .unwrap()
@@ -51,9 +55,9 @@ fn main() {
     for _ in 0..20 {
         plan();
     }
-    let mut samples: Vec<f64> = Vec::new();
-    let end = Instant::now() + Duration::from_secs_f64(seconds);
-    while Instant::now() < end {
+    let mut samples: Vec<f64> = Vec::with_capacity(1 << 20);
+    let begin = Instant::now();
+    while samples.len() < calls && begin.elapsed().as_secs_f64() < seconds {
         let start = Instant::now();
         plan();
         samples.push(start.elapsed().as_secs_f64() * 1e6);
