@@ -5,6 +5,8 @@ from typing import Final, Self, final
 import numpy as np
 import numpy.typing as npt
 
+__all__ = ["Placement", "Planner", "Topology", "__version__", "lower_bound"]
+
 __version__: Final[str]
 
 @final
