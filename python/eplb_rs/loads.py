@@ -372,7 +372,7 @@ def _npy_array(file: _File, stream: IO[bytes], size: int) -> npt.NDArray[Any]:
         }[version]
         shape, _, dtype = read_header(stream)
         if min(shape, default=0) < 0:
-            raise ValueError(f"shape {shape}")  # noqa: TRY301  # refused like any bad header
+            raise ValueError(f"shape {shape}")  # refused like any bad header
     except (OSError, zipfile.BadZipFile, zlib.error):
         raise
     except Exception as error:  # a header is parsed as Python, and fails in as many ways

@@ -10,10 +10,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import eplb_rs
 import numpy as np
 import pytest
-
-import eplb_rs
 from eplb_rs import loads
 from eplb_rs.loads import read_loads
 
