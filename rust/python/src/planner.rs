@@ -246,7 +246,7 @@ fn buffer<'py, D: Dimension>(
         array.cast::<PyArray<i64, D>>(),
         untyped.shape().starts_with(shape),
     ) else {
-        let got = format!("shape {:?}", untyped.shape());
+        let got = format!("shape {}", untyped.getattr("shape")?);
         return Err(refuse("wrong_shape", &got, makes));
     };
     if !untyped.is_c_contiguous() {
