@@ -1,6 +1,7 @@
 """How the documentation is built: make docs."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version as version_of
@@ -34,6 +35,7 @@ myst_heading_anchors = 3
 autoclass_content = "class"
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "description"
+autodoc_typehints_format = "short"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
@@ -58,6 +60,28 @@ class CommandHelp(Directive):
         return [nodes.literal_block(text, text, language="text")]
 
 
+# Docstrings of properties are prose, but napoleon takes what precedes a colon in their first line
+# for their type, and reStructuredText a lone letter for the first item of a list.
+COLON = "\N{MODIFIER LETTER COLON}"
+
+
+def hide_colons(
+    _app: Sphinx, what: str, _name: str, _object: object, _options: object, lines: list[str]
+) -> None:
+    """Before napoleon: a property's colons become something else."""
+    if what in {"attribute", "property"} and lines:
+        lines[0] = re.sub(r"^([A-Z])\.", r"\\\1.", lines[0]).replace(": ", COLON + " ")
+
+
+def show_colons(
+    _app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]
+) -> None:
+    """After napoleon: they are colons again."""
+    lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
 def setup(app: Sphinx) -> None:
-    """Registers the directive."""
+    """Registers the above."""
     app.add_directive("command-help", CommandHelp)
+    app.connect("autodoc-process-docstring", hide_colons, priority=400)
+    app.connect("autodoc-process-docstring", show_colons, priority=600)
