@@ -27,6 +27,7 @@
 //! | [`placement`] | which expert each slot holds |
 //! | [`planner`] | a topology, a policy and their scratch, for planning in a loop |
 //! | [`bound`] | how little the heaviest rank can carry, whatever the placement |
+//! | [`split`] | how tokens are split over the replicas of a placement |
 //! | [`error`] | what is said when a request cannot be met |
 #![forbid(unsafe_code)]
 
@@ -35,6 +36,7 @@ pub mod error;
 pub mod load;
 pub mod placement;
 pub mod planner;
+pub mod split;
 pub mod topology;
 
 mod deepseek;
@@ -48,4 +50,5 @@ pub use error::{Code, Error, Refusal, Result};
 pub use load::Load;
 pub use placement::{Placement, PlacementMut, Replica};
 pub use planner::{Planner, Policy};
+pub use split::{SharesMut, Splitter};
 pub use topology::Topology;
