@@ -3,8 +3,8 @@
 //! A split is a flow from experts into ranks, and the least possible largest rank load is, by
 //! max-flow min-cut, the largest mean load of any set of ranks that holds some experts alone:
 //! `max over S of (sum of the loads of experts whose ranks are all in S) / |S|`. The solver keeps
-//! such a lower bound, the level, and a flow; it moves tokens from the hottest rank to ranks below
-//! the level, along experts that they share. Where no such rank can be reached, the ranks that
+//! such a lower bound, the level, and a flow; it moves tokens from the ranks above the level to
+//! ranks below it, along experts that they share. Where no such rank can be reached, the ranks that
 //! can be hold their experts alone: their mean is the new level, and they are its certificate.
 //! It ends when no rank is above the level.
 //!
@@ -32,6 +32,16 @@ pub(crate) struct Graph<'a> {
     pub(crate) component_ranks: &'a [u32],
     /// Where each component ends.
     pub(crate) component_ends: &'a [u32],
+}
+
+impl<'a> Graph<'a> {
+    fn entries_at(&self, rank: u32) -> &'a [u32] {
+        let rank = rank as usize;
+        let begin = rank
+            .checked_sub(1)
+            .map_or(0, |before| self.at_rank_ends[before]);
+        &self.at_rank[begin as usize..self.at_rank_ends[rank] as usize]
+    }
 }
 
 /// An expert that fills several slots.
@@ -69,7 +79,10 @@ pub(crate) struct Flow {
 }
 
 /// How often all items are filled anew before single paths are searched.
-const PASSES: usize = 2;
+const PASSES: usize = 3;
+
+/// How often components are evened out along trees before that.
+const SWEEPS: usize = 2;
 
 impl Flow {
     /// Makes room for layers of at most so many ranks, items and entries.
@@ -106,21 +119,21 @@ impl Flow {
                 self.fill(graph, item, load[item.expert as usize]);
             }
         }
-        loop {
-            let (largest, hottest) = self.largest();
-            if largest <= level {
+        for _ in 0..SWEEPS {
+            if self.largest().0 <= level {
                 return level;
             }
-            match self.search(graph, hottest, level) {
-                Some(cold) => self.push(graph, hottest, cold, level),
-                None => {
-                    let ranks = self.queue.iter();
-                    let sum: i64 = ranks.map(|&rank| self.rank_load[rank as usize]).sum();
-                    level = ceil_div(sum, self.queue.len() as i64);
-                    self.tight.clone_from(&self.queue);
-                }
+            self.sweep(graph);
+        }
+        while self.find_hot(level) {
+            if !self.cool(graph, level) {
+                let ranks = self.queue.iter();
+                let sum: i64 = ranks.map(|&rank| self.rank_load[rank as usize]).sum();
+                level = ceil_div(sum, self.queue.len() as i64);
+                self.tight.clone_from(&self.queue);
             }
         }
+        level
     }
 
     /// What ranks carry without a choice.
@@ -207,27 +220,100 @@ impl Flow {
         }
     }
 
-    /// Looks, breadth first from a rank, for one below the level that its tokens can reach.
-    /// Leaves the ranks that were reached in the queue.
-    fn search(&mut self, graph: &Graph<'_>, hottest: usize, level: i64) -> Option<usize> {
+    /// Evens each component out along a tree of its items, from the leaves to the root: each rank
+    /// hands what it has above the mean to the rank before it, or takes what it lacks, as far as
+    /// their item goes.
+    fn sweep(&mut self, graph: &Graph<'_>) {
+        self.next_search();
+        let mut begin = 0;
+        for &end in graph.component_ends {
+            let ranks = &graph.component_ranks[begin..end as usize];
+            begin = end as usize;
+            if ranks.len() == 1 {
+                continue;
+            }
+            let loads = ranks.iter().map(|&rank| self.rank_load[rank as usize]);
+            let mean = ceil_div(loads.sum(), ranks.len() as i64);
+            self.grow_tree(graph, ranks[0]);
+            for place in (1..self.queue.len()).rev() {
+                let rank = self.queue[place] as usize;
+                let (own, other) = self.way[rank];
+                let (own, other) = (own as usize, other as usize);
+                let above = self.rank_load[rank] - mean;
+                let moved = above.clamp(-self.flow[other], self.flow[own]);
+                self.flow[own] -= moved;
+                self.flow[other] += moved;
+                self.rank_load[rank] -= moved;
+                self.rank_load[graph.entries[other].rank as usize] += moved;
+            }
+        }
+    }
+
+    /// Queues the ranks that items which are on both sides link to a rank, breadth first.
+    fn grow_tree(&mut self, graph: &Graph<'_>, root: u32) {
+        self.queue.clear();
+        self.queue.push(root);
+        self.rank_seen[root as usize] = self.search;
+        let mut next = 0;
+        while let Some(&rank) = self.queue.get(next) {
+            next += 1;
+            for &from in graph.entries_at(rank) {
+                let item = graph.entries[from as usize].item as usize;
+                if self.flow[from as usize] == 0 || self.item_seen[item] == self.search {
+                    continue;
+                }
+                self.item_seen[item] = self.search;
+                let item = graph.items[item];
+                for to in item.begin..item.end {
+                    let rank = graph.entries[to as usize].rank;
+                    if self.rank_seen[rank as usize] != self.search && self.flow[to as usize] > 0 {
+                        self.rank_seen[rank as usize] = self.search;
+                        self.way[rank as usize] = (to, from);
+                        self.queue.push(rank);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Forgets what was seen.
+    fn next_search(&mut self) {
         if self.search == u32::MAX {
             self.rank_seen.fill(0);
             self.item_seen.fill(0);
             self.search = 0;
         }
         self.search += 1;
+    }
+
+    /// Begins a search from the ranks above the level; whether there are any.
+    fn find_hot(&mut self, level: i64) -> bool {
         self.queue.clear();
-        self.queue.push(hottest as u32);
-        self.rank_seen[hottest] = self.search;
+        for (rank, &load) in (0..).zip(&self.rank_load) {
+            if load > level {
+                self.queue.push(rank);
+            }
+        }
+        !self.queue.is_empty()
+    }
+
+    /// Searches, breadth first from the ranks in the queue, for ranks below the level that their
+    /// tokens can reach, and moves tokens to each on the way. Returns whether any were moved; if
+    /// not, the queue holds all ranks that can be reached.
+    fn cool(&mut self, graph: &Graph<'_>, level: i64) -> bool {
+        self.next_search();
+        let mut excess = 0;
+        for &rank in &self.queue {
+            let rank = rank as usize;
+            self.rank_seen[rank] = self.search;
+            self.way[rank] = (NO_ENTRY, NO_ENTRY);
+            excess += self.rank_load[rank] - level;
+        }
+        let mut moved = false;
         let mut next = 0;
         while let Some(&rank) = self.queue.get(next) {
             next += 1;
-            let begin = match rank {
-                0 => 0,
-                _ => graph.at_rank_ends[rank as usize - 1] as usize,
-            };
-            let end = graph.at_rank_ends[rank as usize] as usize;
-            for &from in &graph.at_rank[begin..end] {
+            for &from in graph.entries_at(rank) {
                 let item = graph.entries[from as usize].item as usize;
                 if self.flow[from as usize] == 0 || self.item_seen[item] == self.search {
                     continue;
@@ -241,37 +327,53 @@ impl Flow {
                     }
                     self.rank_seen[rank] = self.search;
                     self.way[rank] = (to, from);
-                    if self.rank_load[rank] < level {
-                        return Some(rank);
-                    }
                     self.queue.push(rank as u32);
+                    if self.rank_load[rank] < level {
+                        let amount = self.push(graph, rank, level);
+                        moved |= amount > 0;
+                        excess -= amount;
+                        if excess == 0 {
+                            return true;
+                        }
+                    }
                 }
             }
         }
-        None
+        moved
     }
 
-    /// Moves along the way that was found as much as its entries carry, the hot rank has above
-    /// the level and the cold one below.
-    fn push(&mut self, graph: &Graph<'_>, hot: usize, cold: usize, level: i64) {
-        let mut amount = (self.rank_load[hot] - level).min(level - self.rank_load[cold]);
-        let mut rank = cold;
-        while rank != hot {
-            let (_, from) = self.way[rank];
+    /// By which entry a rank was reached, and which one the tokens leave; none where a search began.
+    fn way(&self, rank: usize) -> Option<(u32, u32)> {
+        Some(self.way[rank]).filter(|&(_, from)| from != NO_ENTRY)
+    }
+
+    /// Moves tokens along the way to a cold rank: as many as its entries carry, the hot rank at
+    /// its begin has above the level and the cold one below. Returns how many.
+    fn push(&mut self, graph: &Graph<'_>, cold: usize, level: i64) -> i64 {
+        let mut amount = level - self.rank_load[cold];
+        let mut hot = cold;
+        while let Some((_, from)) = self.way(hot) {
             amount = amount.min(self.flow[from as usize]);
-            rank = graph.entries[from as usize].rank as usize;
+            hot = graph.entries[from as usize].rank as usize;
         }
-        rank = cold;
-        while rank != hot {
-            let (to, from) = self.way[rank];
+        amount = amount.min(self.rank_load[hot] - level);
+        if amount == 0 {
+            return 0;
+        }
+        let mut rank = cold;
+        while let Some((to, from)) = self.way(rank) {
             self.flow[to as usize] += amount;
             self.flow[from as usize] -= amount;
             rank = graph.entries[from as usize].rank as usize;
         }
         self.rank_load[hot] -= amount;
         self.rank_load[cold] += amount;
+        amount
     }
 }
+
+/// Where a way begins.
+const NO_ENTRY: u32 = u32::MAX;
 
 fn ceil_div(sum: i64, count: i64) -> i64 {
     (sum + count - 1) / count
