@@ -27,6 +27,7 @@
 //! | [`placement`] | which expert each slot holds |
 //! | [`planner`] | a topology, a policy and their scratch, for planning in a loop |
 //! | [`bound`] | how little the heaviest rank can carry, whatever the placement |
+//! | [`realtime`] | one layer planned in microseconds, from the load of this micro-batch |
 //! | [`split`] | how tokens are split over the replicas of a placement |
 //! | [`error`] | what is said when a request cannot be met |
 #![forbid(unsafe_code)]
@@ -36,6 +37,7 @@ pub mod error;
 pub mod load;
 pub mod placement;
 pub mod planner;
+pub mod realtime;
 pub mod split;
 pub mod topology;
 
@@ -50,5 +52,6 @@ pub use error::{Code, Error, Refusal, Result};
 pub use load::Load;
 pub use placement::{Placement, PlacementMut, Replica};
 pub use planner::{Planner, Policy};
+pub use realtime::{Limits, Step, StepMut, StepPlanner};
 pub use split::{SharesMut, Splitter};
 pub use topology::Topology;

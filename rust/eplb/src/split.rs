@@ -27,11 +27,13 @@ pub const MAX_TOKENS: i64 = 1 << 53;
 /// # The answer
 /// Loads are scaled, by a power of two for each layer, to whole numbers of 51 bits in all, and
 /// split exactly: the largest rank load is the optimum to within 1 part in 10^12. Of the splits
-/// that reach it, the answer is the one found so: experts in the order of their first slot are
-/// poured over their ranks as water, the remainder to the lowest ranks, twice; then, while a rank
-/// is above the optimum, the hottest (of several, the lowest) sends tokens along a shortest path
-/// of shared experts, found breadth first from the lowest expert and rank, to one below it. That is a rule, not
-/// a choice: the same input gives the same bytes everywhere. An expert without load is split evenly.
+/// that reach it, the answer is the one found so. Experts in the order of their first slot are
+/// poured over their ranks as water, the remainder to the lowest ranks, three times. While a rank is
+/// above the optimum, ranks that share experts are evened out along a tree of these, from the
+/// lowest rank and breadth first, twice; then tokens go from ranks above the optimum, in the order
+/// of ranks, along shortest paths of shared experts to ranks below it, the lowest first. That
+/// is a rule, not a choice: the same input gives the same bytes everywhere. An expert without load
+/// is split evenly.
 ///
 /// # Cost
 /// For 58 layers of 256 experts on 288 slots of 32 ranks, one core: see `benches/results`.
