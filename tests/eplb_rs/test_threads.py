@@ -214,8 +214,11 @@ def test_timings_are_those_of_the_call() -> None:
     assert isinstance(first, eplb_rs.Timing)
     assert 0 < first.native_us <= elapsed_us
     assert 0 <= first.wait_us <= elapsed_us
-    planner.plan(small)
-    assert planner.last_timing.native_us < first.native_us
+    times_us = []
+    for _ in range(20):  # the machine may hold up any one call
+        planner.plan(small)
+        times_us.append(planner.last_timing.native_us)
+    assert min(times_us) < first.native_us
 
 
 def test_a_refused_call_keeps_the_planner_usable_from_all_threads() -> None:
