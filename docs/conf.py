@@ -76,8 +76,10 @@ def hide_colons(
 def show_colons(
     _app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]
 ) -> None:
-    """After napoleon: they are colons again."""
-    lines[:] = [line.replace(COLON, ":") for line in lines]
+    """After napoleon: they are colons again. A named tuple's fields need no number."""
+    lines[:] = [
+        line.replace(COLON, ":") for line in lines if not line.startswith("Alias for field")
+    ]
 
 
 def setup(app: Sphinx) -> None:

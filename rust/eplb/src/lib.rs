@@ -55,3 +55,7 @@ pub use planner::{Planner, Policy};
 pub use realtime::{Limits, Step, StepMut, StepPlanner};
 pub use split::{SharesMut, Splitter};
 pub use topology::Topology;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
