@@ -5,7 +5,15 @@ from typing import Final, Self, final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Placement", "Planner", "Topology", "__version__", "lower_bound"]
+__all__ = [
+    "Placement",
+    "Planner",
+    "Splitter",
+    "StepPlanner",
+    "Topology",
+    "__version__",
+    "lower_bound",
+]
 
 __version__: Final[str]
 
@@ -117,6 +125,63 @@ class Planner:
         log2phy: npt.NDArray[np.int64] | None,
         logcnt: npt.NDArray[np.int64],
     ) -> None: ...
+
+@final
+class Splitter:
+    """Splits tokens over replicas; see :class:`eplb_rs.shares.Splitter`."""
+
+    def __new__(cls, placement: Placement) -> Self: ...
+    @property
+    def placement(self) -> Placement: ...
+    def split(
+        self, load: npt.NDArray[np.float32]
+    ) -> tuple[
+        npt.NDArray[np.float64],
+        npt.NDArray[np.float64],
+        npt.NDArray[np.float64],
+        npt.NDArray[np.bool_],
+    ]: ...
+    def split_into(
+        self,
+        load: npt.NDArray[np.float32],
+        shares: npt.NDArray[np.float64],
+        level: npt.NDArray[np.float64],
+    ) -> None: ...
+    def split_step(
+        self, load: npt.NDArray[np.float32], layer: int, shares: npt.NDArray[np.float64]
+    ) -> float: ...
+    def split_tokens(
+        self, tokens: npt.NDArray[np.int64], layer: int, quotas: npt.NDArray[np.int64]
+    ) -> int: ...
+    def uniform(self) -> npt.NDArray[np.float64]: ...
+    def rank_load(
+        self, load: npt.NDArray[np.float32], shares: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]: ...
+    def entries(self, shares: npt.NDArray[np.float64], width: int) -> npt.NDArray[np.int64]: ...
+    def quotas(
+        self, shares: npt.NDArray[np.float64], tokens: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]: ...
+
+@final
+class StepPlanner:
+    """Plans one layer in real time; see :class:`eplb_rs.realtime.StepPlanner`."""
+
+    def __new__(
+        cls,
+        num_ranks: int,
+        home_slots: int,
+        spare_slots: int,
+        target_imbalance: float,
+        limits: tuple[int | None, int | None, int | None],
+        min_tokens: int,
+    ) -> Self: ...
+    def plan_into(
+        self,
+        load: npt.NDArray[np.int32] | npt.NDArray[np.int64],
+        experts: npt.NDArray[np.int64],
+        tokens: npt.NDArray[np.int64],
+        by_source: npt.NDArray[np.int32] | npt.NDArray[np.int64] | None = None,
+    ) -> tuple[int, int, int]: ...
 
 def lower_bound(load: npt.NDArray[np.float32], topology: Topology) -> npt.NDArray[np.float64]: ...
 def check_groups(num_groups: int, num_experts: int) -> None: ...

@@ -219,7 +219,7 @@ impl StepPlanner {
     pub fn plan_step<T: Count>(&mut self, load: &[T], out: &mut StepMut<'_, T>) -> Result<Step> {
         let (ranks, experts) = (self.num_ranks, self.num_experts());
         let spare = ranks * self.spare_slots;
-        let by_source = load.len() == ranks * experts && ranks > 1;
+        let by_source = load.len() == ranks * experts;
         if !by_source && load.len() != experts {
             return Err(Error::invalid(
                 Code::WrongShape,
@@ -254,7 +254,7 @@ impl StepPlanner {
         let level = self
             .relief
             .search(&self.base, &self.totals, total, &self.limits);
-        let copies = self.relief.copies();
+        let copies = self.relief.plan();
         out.experts.fill(-1);
         out.tokens.fill(0);
         for copy in copies {

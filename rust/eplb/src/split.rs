@@ -13,7 +13,7 @@ use crate::placement::Placement;
 use flow::Flow;
 use graph::{Graphs, SharedSlot};
 
-pub use entries::{entries_into, quotas_into};
+pub use entries::{MAX_WIDTH, entries, entries_into, quotas_into};
 
 /// The most tokens a layer may have in all: sums stay exact as `f64`.
 pub const MAX_TOKENS: i64 = 1 << 53;

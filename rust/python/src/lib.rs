@@ -5,9 +5,12 @@
 //! or in the planner crates, and refused with the exceptions of `eplb_rs.errors`.
 
 mod arguments;
+mod buffers;
 mod errors;
 mod placement;
 mod planner;
+mod realtime;
+mod split;
 mod topology;
 
 /// Planning core of `eplb_rs` and `dualpipe`. Use the packages; this module is theirs.
@@ -17,6 +20,10 @@ mod _core {
     use crate::placement::{Placement, lower_bound};
     #[pymodule_export]
     use crate::planner::{Planner, check_groups};
+    #[pymodule_export]
+    use crate::realtime::StepPlanner;
+    #[pymodule_export]
+    use crate::split::Splitter;
     #[pymodule_export]
     use crate::topology::Topology;
 

@@ -72,8 +72,8 @@ impl Relief {
         }
     }
 
-    /// The copies of the plan that was found.
-    pub(super) fn copies(&self) -> &[Copy] {
+    /// The plan that was found.
+    pub(super) fn plan(&self) -> &[Copy] {
         &self.best
     }
 

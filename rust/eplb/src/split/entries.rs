@@ -5,6 +5,25 @@ use crate::placement::Placement;
 
 use super::{check_length, check_tokens};
 
+/// The widest table of entries: more would tell shares apart that no engine can.
+pub const MAX_WIDTH: usize = 1024;
+
+/// Shares as repeated entries, in memory of their own: see [`entries_into`].
+///
+/// # Errors
+/// As [`entries_into`], and [`Code::TooLarge`] for a table that does not fit in memory.
+pub fn entries(placement: &Placement, shares: &[f64], width: usize) -> Result<Vec<i64>> {
+    check_width(width)?;
+    let length = placement.logcnt().len() * width;
+    let mut table = Vec::new();
+    if table.try_reserve_exact(length).is_err() {
+        return Err(too_wide(width));
+    }
+    table.resize(length, -1);
+    entries_into(placement, shares, width, &mut table)?;
+    Ok(table)
+}
+
 /// Writes shares as repeated entries: `table` `[L, E, width]` lists each expert's slots, a slot as
 /// often as its share of the entries comes nearest, -1 pads. An engine that picks one of an
 /// expert's entries at random then splits by these shares.
@@ -18,7 +37,7 @@ use super::{check_length, check_tokens};
 /// O(L E width X) for experts with several replicas.
 ///
 /// # Errors
-/// [`Code::NotPositive`] for the width, [`Code::WrongShape`] for a buffer, [`Code::OutOfRange`]
+/// [`Code::NotPositive`] or [`Code::TooLarge`] for the width, [`Code::WrongShape`] for a buffer, [`Code::OutOfRange`]
 /// for a share that is no number from 0 to 1; the table is then as it was.
 pub fn entries_into(
     placement: &Placement,
@@ -26,7 +45,7 @@ pub fn entries_into(
     width: usize,
     table: &mut [i64],
 ) -> Result<()> {
-    require_positive("width", width)?;
+    check_width(width)?;
     let num_slots = placement.topology().num_slots();
     check_shares(placement, shares)?;
     let counts = placement.num_layers() * placement.num_experts();
@@ -131,6 +150,24 @@ pub fn quotas_into(
         }
     }
     Ok(())
+}
+
+fn check_width(width: usize) -> Result<()> {
+    require_positive("width", width)?;
+    if width > MAX_WIDTH {
+        return Err(too_wide(width));
+    }
+    Ok(())
+}
+
+fn too_wide(width: usize) -> Error {
+    Error::invalid(
+        Code::TooLarge,
+        "width",
+        width,
+        format!("at most {MAX_WIDTH}, and small enough to fit in memory"),
+        "",
+    )
 }
 
 /// Refuses what are no shares of a placement.
