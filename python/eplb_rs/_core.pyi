@@ -12,6 +12,7 @@ __all__ = [
     "StepPlanner",
     "Topology",
     "__version__",
+    "check_groups",
     "lower_bound",
 ]
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eplb_rs._inputs import Load, LoadLike
+    from eplb_rs.shares import Shares, Splitter
 
 __all__ = ["Plan"]
 
@@ -230,6 +231,25 @@ class Plan:
         self._placement.rank_load(expert_load)  # refuses what is no load, or does not fit
         ids = self._layer_ids
         return self._made(self._placement, expert_load, self._num_groups, self._policy, ids)
+
+    def with_shares(self, load: LoadLike | None = None) -> Shares:
+        """The best split of a load over the replicas there are, without moving a weight.
+
+        Args:
+            load: `[L, E]`, the load that has come; by default the one the plan was made for.
+
+        Raises:
+            InvalidInputError: As :meth:`with_load`.
+
+        Cost: the first call prepares the placement; see :class:`eplb_rs.shares.Splitter`.
+        """
+        return self._splitter.split(self._expert_load if load is None else load)
+
+    @cached_property
+    def _splitter(self) -> Splitter:
+        from eplb_rs.shares import Splitter
+
+        return Splitter(self)
 
     # How it is kept
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eplb_rs._inputs import LoadLike
+    from eplb_rs.realtime import Step, StepLimits
 
 __all__ = ["PlanBuffers", "Planner", "PolicyName", "Timing"]
 
@@ -179,6 +180,54 @@ class Planner:
         if not isinstance(out, PlanBuffers):
             raise _wrong_type("out", out, "an eplb_rs.PlanBuffers", "Planner.allocate makes them")
         self._core.plan_into(as_load(load), out.phy2log, out.log2phy, out.logcnt)
+
+    def split_step(
+        self,
+        load: LoadLike,
+        plan: Plan,
+        *,
+        layer: int = 0,
+        out: npt.NDArray[np.float64] | None = None,
+    ) -> tuple[npt.NDArray[np.float64], float]:
+        """The best split of one layer's load over the replicas of a plan in force.
+
+        See :meth:`eplb_rs.shares.Splitter.split_step`, which this calls; the first call for a plan
+        prepares it.
+
+        Args:
+            load: `[E]`, tokens of each expert.
+            plan: The plan in force.
+            layer: Which of its layers.
+            out: `[R]` float64: gets the shares; a new array if left out.
+
+        Returns:
+            The share of each slot, `[R]`, and the largest rank load.
+
+        Raises:
+            InvalidInputError: As there; ``wrong_type`` for the plan.
+        """
+        if not isinstance(plan, Plan):
+            raise _wrong_type("plan", plan, "an eplb_rs.Plan")
+        return plan._splitter.split_step(load, layer=layer, out=out)
+
+    def plan_step(self, load: LoadLike, *, limits: StepLimits | None = None) -> Step:
+        """Plans one layer from the load of this micro-batch, experts keeping their home slots.
+
+        Of each rank's slots the first `E/D` are home to its experts, `e // (E/D)` being the rank of
+        expert `e`; the others are spare. For a loop without allocation, see
+        :class:`eplb_rs.realtime.StepPlanner`, which this calls.
+
+        Args:
+            load: Tokens by expert, `[E]`, or by source rank and expert, `[D, E]`; integers.
+            limits: What the plan may use; by default all there is.
+
+        Raises:
+            InvalidInputError: As there; ``not_multiple`` if experts do not divide over the ranks,
+                ``too_small`` if no slot is spare.
+        """
+        from eplb_rs.realtime import step_planner
+
+        return step_planner(self.topology, load, limits).plan(load)
 
     def allocate(
         self, num_layers: int, num_experts: int, max_replicas: int | None = None

@@ -20,15 +20,17 @@ Letters: D ranks, E experts, S spare slots a rank.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import as_count, is_tensor
+from eplb_rs._inputs import _converted, as_count, is_tensor
 from eplb_rs.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -269,6 +271,46 @@ class StepPlanner:
 _COUNTS = (np.dtype(np.int32), np.dtype(np.int64))
 
 
+@lru_cache(maxsize=16)
+def _made(num_ranks: int, home_slots: int, spare_slots: int, limits: StepLimits) -> StepPlanner:
+    return StepPlanner(num_ranks, home_slots, spare_slots, limits=limits)
+
+
+def step_planner(
+    topology: _core.Topology, load: LoadLike, limits: StepLimits | None
+) -> StepPlanner:
+    """The planner for a load on machines whose ranks have more slots than experts at home.
+
+    Raises:
+        InvalidInputError: ``not_multiple`` or ``too_small``, else as :class:`StepPlanner`.
+    """
+    ranks, slots = topology.num_gpus, topology.slots_per_gpu
+    shape = np.shape(load)
+    experts = shape[-1] if shape else 0
+    if experts == 0 or experts % ranks:
+        raise InvalidInputError(
+            code="not_multiple",
+            argument="load",
+            got=f"{experts} experts",
+            expected=f"of a multiple of {ranks} experts, the ranks of the topology",
+        )
+    home = experts // ranks
+    if slots <= home:
+        raise InvalidInputError(
+            code="too_small",
+            argument="slots_per_gpu",
+            got=str(slots),
+            expected=f"more than the {home} experts at home on each rank",
+            hint="plan_step copies experts into spare slots",
+        )
+    if limits is None:
+        limits = StepLimits()
+    try:
+        return _made(ranks, home, slots - home, limits)
+    except TypeError:  # limits that cannot be hashed, whose checks say what is wrong with them
+        return StepPlanner(ranks, home, slots - home, limits=limits)
+
+
 def _rebuild(num_ranks: int, home_slots: int, spare_slots: int, limits: StepLimits) -> StepPlanner:
     return StepPlanner(num_ranks, home_slots, spare_slots, limits=limits)
 
@@ -276,8 +318,9 @@ def _rebuild(num_ranks: int, home_slots: int, spare_slots: int, limits: StepLimi
 def _as_counts(load: LoadLike) -> npt.NDArray[Any]:
     """Counts as C-contiguous int32 or int64."""
     if is_tensor(load):
-        load = load.detach().cpu().numpy()  # type: ignore[union-attr]
-    array = np.asarray(load)
+        with contextlib.suppress(Exception):  # NumPy's own attempt says what is wrong
+            load = load.detach().cpu()  # type: ignore[union-attr]
+    array = _converted(load, "load")
     if array.dtype.kind not in "iu":
         raise InvalidInputError(
             code="wrong_dtype",

@@ -37,7 +37,9 @@ fn numbers(arguments: &[String]) -> Vec<usize> {
 fn read<const N: usize, T>(file: &str, from: impl Fn([u8; N]) -> T) -> Vec<T> {
     let bytes = std::fs::read(file).unwrap();
     let values = bytes.chunks_exact(N);
-    values.map(|bytes| from(bytes.try_into().unwrap())).collect()
+    values
+        .map(|bytes| from(bytes.try_into().unwrap()))
+        .collect()
 }
 
 /// The times of calls in microseconds, after a few to warm up.

@@ -40,17 +40,20 @@ impl Graphs {
         let (num_slots, num_ranks) = (topology.num_slots(), topology.num_gpus());
         let num_experts = placement.num_experts();
         let layers = placement.num_layers();
+        // Each spare slot adds a shared slot, and at most makes its expert's first slot another.
+        let spare = num_slots - num_experts;
+        let shared = layers * num_slots.min(2 * spare);
         let mut graphs = Self {
             num_ranks,
             singles: Vec::with_capacity(layers * num_slots.min(num_experts)),
             single_ends: Vec::with_capacity(layers * num_ranks),
-            items: Vec::new(),
-            entries: Vec::new(),
-            at_rank: Vec::new(),
+            items: Vec::with_capacity(layers * spare.min(num_experts)),
+            entries: Vec::with_capacity(shared),
+            at_rank: Vec::with_capacity(shared),
             at_rank_ends: Vec::with_capacity(layers * num_ranks),
             component_ranks: Vec::with_capacity(layers * num_ranks),
-            component_ends: Vec::new(),
-            slots: Vec::new(),
+            component_ends: Vec::with_capacity(layers * num_ranks),
+            slots: Vec::with_capacity(shared),
             ends: Vec::with_capacity(layers),
         };
         let mut scratch = Scratch {
@@ -161,7 +164,7 @@ impl Graphs {
             item.end = (self.entries.len() - first_entry) as u32;
         }
         self.index_ranks(first_entry, fill);
-        let components = self.join_components(first_item, first_entry, component);
+        let components = self.join_components(first_item, first_entry, component, fill);
         self.ends.push([
             self.singles.len(),
             self.items.len(),
@@ -197,6 +200,7 @@ impl Graphs {
         first_item: usize,
         first_entry: usize,
         parent: &mut [u32],
+        fill: &mut Vec<u32>,
     ) -> usize {
         for (rank, parent) in (0..).zip(parent.iter_mut()) {
             *parent = rank;
@@ -209,20 +213,28 @@ impl Graphs {
                 parent[a.max(b) as usize] = a.min(b);
             }
         }
-        // A root is the lowest rank of its component.
+        // A root is the lowest rank of its component: count them, then list them by root.
         let begin = self.component_ranks.len();
+        self.component_ranks.resize(begin + self.num_ranks, 0);
+        fill.clear();
+        fill.resize(self.num_ranks, 0);
         for rank in 0..self.num_ranks as u32 {
-            root(parent, rank);
+            fill[root(parent, rank) as usize] += 1;
         }
-        self.component_ranks.extend(0..self.num_ranks as u32);
-        let ranks = &mut self.component_ranks[begin..];
-        ranks.sort_unstable_by_key(|&rank| (root_of(parent, rank), rank));
-        for (place, pair) in ranks.windows(2).enumerate() {
-            if root_of(parent, pair[0]) != root_of(parent, pair[1]) {
-                self.component_ends.push(place as u32 + 1);
+        let mut end = 0;
+        for count in fill.iter_mut() {
+            let begin = end;
+            end += *count;
+            if *count > 0 {
+                self.component_ends.push(end);
             }
+            *count = begin;
         }
-        self.component_ends.push(ranks.len() as u32);
+        for rank in 0..self.num_ranks as u32 {
+            let place = &mut fill[parent[rank as usize] as usize];
+            self.component_ranks[begin + *place as usize] = rank;
+            *place += 1;
+        }
         self.component_ends.len()
     }
 
