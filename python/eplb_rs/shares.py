@@ -151,8 +151,11 @@ class Splitter:
 
         Cost: a few microseconds for 288 slots on 32 ranks.
         """
-        ready = type(load) is np.ndarray and load.dtype == np.float32 and load.ndim == 1
-        row = load if ready and load.flags.c_contiguous else _as_row(load)  # type: ignore[union-attr]
+        row: Any = load
+        if type(row) is not np.ndarray or row.dtype != np.float32 or row.ndim != 1:
+            row = _as_row(load)
+        elif not row.flags.c_contiguous:
+            row = np.ascontiguousarray(row)
         if out is None:
             out = np.empty(self._plan.topology.num_slots)
         return out, self._core.split_step(row, layer, out)
