@@ -122,11 +122,11 @@ def busy(case: Case, seconds: float, *, release_gil: bool) -> dict[str, Any]:
     planner = case.planner(release_gil=release_gil)
     buffers = planner.allocate(*case.load.shape, int(planner.plan(case.load).logcnt.max()))
     stop = threading.Event()
-    cores = range(os.cpu_count() or 1)
 
     def compute() -> None:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores)  # of this thread: not the core that is measured
+        if hasattr(os, "sched_setaffinity"):  # of this thread: any core but the measured one
+            others = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
+            os.sched_setaffinity(0, others or {0})
         while not stop.is_set():
             sum(range(1000))
 
