@@ -2,20 +2,26 @@
 //!
 //! A [`Schedule`] holds the instruction stream of every rank. [`Request::generate`] makes one for
 //! any schedule of the field, [`place_transfers`] places what moves between ranks,
-//! [`verify`](verify::verify) proves it right.
+//! [`verify`](verify::verify) proves it right, [`simulate`] predicts its timeline.
 #![forbid(unsafe_code)]
 
+mod cost;
 mod error;
 mod generate;
+mod memory;
 mod op;
 mod schedule;
+mod simulate;
 mod text;
 mod transfers;
 pub mod verify;
 mod wires;
 
+pub use cost::{Costs, Links};
 pub use error::{Error, Result};
 pub use generate::{Method, Request};
+pub use memory::{Peak, Sizes};
 pub use op::{Kind, Op};
 pub use schedule::{Layout, Schedule};
+pub use simulate::{Pairs, Sends, SimulateOptions, Span, Timeline, simulate};
 pub use transfers::place_transfers;

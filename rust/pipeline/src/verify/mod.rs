@@ -10,6 +10,7 @@ mod violation;
 
 pub use violation::{Rule, Violation, Wait};
 
+use crate::memory::{Peak, Sizes};
 use crate::schedule::Schedule;
 use crate::wires::Wires;
 
@@ -40,15 +41,6 @@ impl Transport {
     }
 }
 
-/// How large things are, in bytes, per stage.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Sizes {
-    /// What one micro-batch keeps on a stage from F to the end of its backward, `[num_stages]`.
-    pub activation_bytes: Vec<u64>,
-    /// One stage's output for one micro-batch, and so its gradient, `[num_stages]`.
-    pub message_bytes: Vec<u64>,
-}
-
 /// What to hold a schedule to, beyond the rules that always hold.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VerifyOptions {
@@ -71,22 +63,6 @@ impl Default for VerifyOptions {
             max_bytes: None,
         }
     }
-}
-
-/// The most that one rank holds at once.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Peak {
-    /// Micro-batches times stages whose activations are alive (F done, B or W not).
-    pub activations: u32,
-    /// Of those, the most at once between I and W: I frees nothing.
-    pub kept: u32,
-    /// Receive buffers, from the post to the end of the instruction that uses them.
-    pub receive_buffers: u32,
-    /// Send buffers, from the send to its wait.
-    pub send_buffers: u32,
-    /// All of it in bytes, 0 without sizes: activations, the output gradients kept for W, and
-    /// both kinds of buffers.
-    pub bytes: u64,
 }
 
 /// What [`verify`] has shown to hold.

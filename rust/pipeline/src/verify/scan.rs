@@ -1,7 +1,8 @@
 //! One walk over every stream: completeness, order on the rank, pairing, memory.
 
 use super::violation::{Rule, Violation};
-use super::{Peak, Transport, VerifyOptions};
+use super::{Transport, VerifyOptions};
+use crate::memory::{Meter, Peak};
 use crate::op::{Kind, Op};
 use crate::schedule::Schedule;
 use crate::wires::Wires;
@@ -155,25 +156,6 @@ fn message_of(schedule: &Schedule, wires: &Wires, op: Op) -> Option<u64> {
     }
 }
 
-/// What a rank holds right now.
-#[derive(Default)]
-struct Holding {
-    now: Peak,
-    peak: Peak,
-}
-
-impl Holding {
-    #[inline]
-    fn note(&mut self) {
-        let (now, peak) = (&self.now, &mut self.peak);
-        peak.activations = peak.activations.max(now.activations);
-        peak.kept = peak.kept.max(now.kept);
-        peak.receive_buffers = peak.receive_buffers.max(now.receive_buffers);
-        peak.send_buffers = peak.send_buffers.max(now.send_buffers);
-        peak.bytes = peak.bytes.max(now.bytes);
-    }
-}
-
 struct Walk<'a> {
     schedule: &'a Schedule,
     wires: &'a Wires,
@@ -225,26 +207,24 @@ pub(super) fn scan(schedule: &Schedule, wires: &Wires, options: &VerifyOptions) 
 
 impl Walk<'_> {
     fn rank(&mut self, rank: usize) -> Result<Peak, Violation> {
-        let stream = self.schedule.stream(rank);
-        let mut holding = Holding::default();
-        for (index, &op) in stream.iter().enumerate() {
+        let (schedule, wires, options) = (self.schedule, self.wires, self.options);
+        let mut meter = Meter::new(schedule, wires, options.sizes.as_ref());
+        for (index, &op) in schedule.stream(rank).iter().enumerate() {
             self.instruction(rank, index, op)
-                .map_err(|(rule, message)| Violation::at(self.schedule, rule, rank, index, message))?;
-            self.hold(op, &mut holding);
-            holding.note();
-            self.release(op, &mut holding.now);
-            let over_count = self.options.max_activations.is_some_and(|most| holding.peak.activations > most);
-            let over_bytes = self.options.max_bytes.is_some_and(|most| holding.peak.bytes > most);
-            if over_count || over_bytes {
-                let message = if over_count {
-                    format!("the rank holds {} activations here, more than allowed", holding.peak.activations)
-                } else {
-                    format!("the rank holds {} bytes here, more than allowed", holding.peak.bytes)
-                };
-                return Err(Violation::at(self.schedule, Rule::Memory, rank, index, message));
-            }
+                .map_err(|(rule, message)| Violation::at(schedule, rule, rank, index, message))?;
+            meter.run(op);
+            let peak = meter.peak();
+            let held = if options.max_activations.is_some_and(|most| peak.activations > most) {
+                format!("{} activations", peak.activations)
+            } else if options.max_bytes.is_some_and(|most| peak.bytes > most) {
+                format!("{} bytes", peak.bytes)
+            } else {
+                continue;
+            };
+            let message = format!("the rank holds {held} here, more than allowed");
+            return Err(Violation::at(schedule, Rule::Memory, rank, index, message));
         }
-        Ok(holding.peak)
+        Ok(meter.peak())
     }
 
     #[inline]
@@ -419,89 +399,6 @@ impl Walk<'_> {
             _ => {}
         }
         Ok(())
-    }
-
-    #[inline]
-    fn hold(&self, op: Op, holding: &mut Holding) {
-        let now = &mut holding.now;
-        match op.kind {
-            Kind::Forward | Kind::OverlapForward => now.activations += 1,
-            Kind::BackwardInput => now.kept += 1,
-            Kind::ReceiveActivation | Kind::ReceiveGradient => now.receive_buffers += 1,
-            Kind::SendActivation | Kind::SendGradient => now.send_buffers += 1,
-            _ => {}
-        }
-        if let Some(bytes) = self.bytes(op) {
-            match op.kind {
-                Kind::Forward | Kind::OverlapForward => now.bytes += bytes.0,
-                Kind::BackwardInput => now.bytes += bytes.1,
-                Kind::ReceiveActivation | Kind::ReceiveGradient | Kind::SendActivation | Kind::SendGradient => {
-                    now.bytes += bytes.1;
-                }
-                _ => {}
-            }
-        }
-    }
-
-    #[inline]
-    fn release(&self, op: Op, now: &mut Peak) {
-        let receives = u32::from(self.schedule.has_transfers() && self.wires.arrives_on(op).is_some());
-        now.receive_buffers -= receives;
-        let forward_only = !self.schedule.has_backward();
-        match op.kind {
-            Kind::Forward if forward_only => now.activations -= 1,
-            Kind::Backward | Kind::OverlapBackward => now.activations -= 1,
-            Kind::BackwardWeight => {
-                now.activations -= 1;
-                now.kept -= 1;
-            }
-            Kind::WaitActivation | Kind::WaitGradient => now.send_buffers -= 1,
-            _ => {}
-        }
-        if let Some((activation, message)) = self.bytes(op) {
-            if receives > 0 {
-                let input = if op.kind.is_forward() {
-                    self.bytes(Op { stage: op.stage - 1, ..op }).map_or(0, |bytes| bytes.1)
-                } else {
-                    message
-                };
-                now.bytes -= input;
-            }
-            match op.kind {
-                Kind::Forward if forward_only => now.bytes -= activation,
-                Kind::Backward | Kind::OverlapBackward => now.bytes -= activation,
-                Kind::BackwardWeight => now.bytes -= activation + message,
-                Kind::WaitActivation | Kind::WaitGradient => now.bytes -= self.transfer_bytes(op),
-                _ => {}
-            }
-        }
-    }
-
-    /// (activation, message) bytes of what an instruction speaks of, where sizes are given.
-    #[inline]
-    fn bytes(&self, op: Op) -> Option<(u64, u64)> {
-        let sizes = self.options.sizes.as_ref()?;
-        let activation = sizes.activation_bytes.get(usize::from(op.stage)).copied().unwrap_or(0);
-        let message = if op.kind.is_transfer() {
-            self.transfer_bytes(op)
-        } else {
-            sizes.message_bytes.get(usize::from(op.stage)).copied().unwrap_or(0)
-        };
-        Some((activation, message))
-    }
-
-    /// What moves is the output of a stage or its gradient: the gradient of a stage's input is as
-    /// large as the output of the stage before.
-    #[inline]
-    fn transfer_bytes(&self, op: Op) -> u64 {
-        let Some(sizes) = &self.options.sizes else {
-            return 0;
-        };
-        let stage = match op.kind {
-            Kind::SendGradient | Kind::WaitGradient | Kind::ReceiveActivation => op.stage.saturating_sub(1),
-            _ => op.stage,
-        };
-        sizes.message_bytes.get(usize::from(stage)).copied().unwrap_or(0)
     }
 
     /// Copy and stage of a slot.
