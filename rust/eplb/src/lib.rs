@@ -1,2 +1,50 @@
-//! Where experts live.
+//! Where experts live: expert-parallel load balancing for mixture-of-experts models.
+//!
+//! Each GPU of an expert-parallel model holds some experts, and some experts get far more tokens
+//! than others. This crate replicates hot experts and places the replicas so that ranks carry
+//! equal load. It is pure computation: no Python, no unsafe code, no I/O.
+//!
+//! ```
+//! use eplb::{Load, Planner, Policy, Topology, lower_bound};
+//!
+//! // One layer of eight experts on two nodes of two GPUs with three slots each.
+//! let tokens = [90.0, 132.0, 40.0, 61.0, 104.0, 165.0, 39.0, 4.0];
+//! let load = Load::new(&tokens, 1, 8)?;
+//! let topology = Topology::new(2, 2, 3)?;
+//! let planner = Planner::new(topology, 2, Policy::DeepSeek, 1)?;
+//!
+//! let placement = planner.plan(&load)?;
+//! assert_eq!(placement.phy2log().len(), 12);
+//! let heaviest = placement.rank_load(&load)?.into_iter().fold(0.0, f64::max);
+//! assert!(heaviest >= lower_bound(&load, planner.topology())?[0]);
+//! # Ok::<(), eplb::Error>(())
+//! ```
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`topology`] | the machines: nodes, GPUs, slots |
+//! | [`load`] | how many tokens each expert got |
+//! | [`placement`] | which expert each slot holds |
+//! | [`planner`] | a topology, a policy and their scratch, for planning in a loop |
+//! | [`bound`] | how little the heaviest rank can carry, whatever the placement |
+//! | [`error`] | what is said when a request cannot be met |
 #![forbid(unsafe_code)]
+
+pub mod bound;
+pub mod error;
+pub mod load;
+pub mod placement;
+pub mod planner;
+pub mod topology;
+
+mod deepseek;
+mod order;
+mod pack;
+mod trivial;
+
+pub use bound::lower_bound;
+pub use error::{Code, Error, Refusal, Result};
+pub use load::Load;
+pub use placement::{Placement, PlacementMut, Replica};
+pub use planner::{Planner, Policy};
+pub use topology::Topology;

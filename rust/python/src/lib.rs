@@ -1,6 +1,27 @@
-//! The native module `eplb_rs._core`.
+//! The native module `eplb_rs._core`: converts, validates, lets go of the interpreter; decides
+//! nothing.
+//!
+//! Arrays come in borrowed and go out moved. Everything that Python hands over is checked here
+//! or in the planner crates, and refused with the exceptions of `eplb_rs.errors`.
 
-use pyo3::prelude::*;
+mod arguments;
+mod errors;
+mod placement;
+mod planner;
+mod topology;
 
-#[pymodule(gil_used = false)]
-mod _core {}
+/// Planning core of `eplb_rs` and `dualpipe`. Use the packages; this module is theirs.
+#[pyo3::pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    use crate::placement::{Placement, lower_bound};
+    #[pymodule_export]
+    use crate::planner::Planner;
+    #[pymodule_export]
+    use crate::topology::Topology;
+
+    /// The version of the distribution.
+    #[pymodule_export]
+    #[expect(non_upper_case_globals, reason = "the name Python expects")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

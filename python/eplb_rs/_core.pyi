@@ -1,0 +1,121 @@
+"""The native module. Use the packages; this module is theirs."""
+
+from typing import Final, Self, final
+
+import numpy as np
+import numpy.typing as npt
+
+__version__: Final[str]
+
+@final
+class Topology:
+    """The machines: nodes, the GPUs in them, and the expert slots on each GPU.
+
+    Each GPU is one rank of expert parallelism. Ranks are numbered node by node, slots rank by
+    rank.
+
+    Raises:
+        InvalidInputError: ``not_positive``, ``not_integer`` or ``too_large`` for a count.
+    """
+
+    def __new__(cls, num_nodes: int, gpus_per_node: int, slots_per_gpu: int) -> Self: ...
+    @staticmethod
+    def from_totals(*, num_replicas: int, num_nodes: int, num_gpus: int) -> Topology:
+        """The topology with these totals, as :func:`eplb_rs.rebalance_experts` takes them.
+
+        Raises:
+            InvalidInputError: As the constructor; ``not_multiple`` if ``num_gpus`` does not
+                divide over the nodes or ``num_replicas`` over the GPUs.
+        """
+    @property
+    def num_nodes(self) -> int:
+        """How many nodes there are."""
+    @property
+    def gpus_per_node(self) -> int:
+        """How many GPUs each node has."""
+    @property
+    def slots_per_gpu(self) -> int:
+        """How many expert slots each GPU has."""
+    @property
+    def num_gpus(self) -> int:
+        """How many GPUs there are, over all nodes."""
+    @property
+    def num_slots(self) -> int:
+        """How many slots there are, over all GPUs."""
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+    def __getnewargs__(self) -> tuple[int, int, int]: ...
+
+@final
+class Placement:
+    """Which expert each slot holds. Its arrays are views of its own memory and read-only."""
+
+    def __new__(
+        cls,
+        topology: Topology,
+        num_experts: int,
+        phy2log: npt.NDArray[np.int64],
+        log2phy: npt.NDArray[np.int64] | None = None,
+        logcnt: npt.NDArray[np.int64] | None = None,
+    ) -> Self: ...
+    @property
+    def topology(self) -> Topology: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def max_replicas(self) -> int: ...
+    @property
+    def phy2log(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def log2phy(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def logcnt(self) -> npt.NDArray[np.int64]: ...
+    def rank_load(self, load: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]: ...
+    def duplicates(self) -> npt.NDArray[np.int64]: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+
+@final
+class Planner:
+    """Plans placements on one topology; see :class:`eplb_rs.Planner`."""
+
+    def __new__(
+        cls,
+        topology: Topology,
+        num_groups: int,
+        policy: str,
+        threads: int,
+        release_gil: bool | None,
+    ) -> Self: ...
+    @property
+    def topology(self) -> Topology: ...
+    @property
+    def num_groups(self) -> int: ...
+    @property
+    def policy(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def release_gil(self) -> bool | None: ...
+    @property
+    def keeps_groups(self) -> bool: ...
+    @property
+    def last_timing(self) -> tuple[float, float]: ...
+    def plan(self, load: npt.NDArray[np.float32]) -> Placement: ...
+    def plan_arrays(
+        self, load: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
+    def plan_into(
+        self,
+        load: npt.NDArray[np.float32],
+        phy2log: npt.NDArray[np.int64],
+        log2phy: npt.NDArray[np.int64] | None,
+        logcnt: npt.NDArray[np.int64],
+    ) -> None: ...
+
+def lower_bound(
+    load: npt.NDArray[np.float32], topology: Topology
+) -> npt.NDArray[np.float64]: ...

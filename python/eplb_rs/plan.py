@@ -1,0 +1,434 @@
+"""A plan: which expert each slot holds, and how good that is for the load it was made for.
+
+Letters: L layers, E logical experts, R slots, D ranks (GPUs), X the most replicas of an expert.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_rs import _core
+from eplb_rs._inputs import as_load
+from eplb_rs.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from eplb_rs._inputs import Load, LoadLike
+
+__all__ = ["Plan"]
+
+_FORMAT = "eplb-rs plan"
+_FORMAT_VERSION = 1
+
+
+class Plan:
+    """A placement of experts in slots, and the load it was made for.
+
+    Plans come from :meth:`Planner.plan`, :meth:`from_phy2log` and :meth:`load`. They are checked
+    when they are made and cannot be changed; their arrays are read-only. Two plans are equal if
+    they place the same experts in the same slots of the same machines, for the same load.
+
+    The *balance* of ranks is the field's: the sum over layers of the mean rank load, divided by
+    the sum over layers of the largest. 1 is perfect. The *imbalance* is its inverse.
+    """
+
+    _placement: _core.Placement
+    _expert_load: Load
+    _num_groups: int
+    _policy: str
+    _layer_ids: tuple[int, ...]
+
+    def __init__(self) -> None:
+        raise TypeError("plans come from Planner.plan, Plan.from_phy2log and Plan.load")
+
+    @classmethod
+    def _made(
+        cls,
+        placement: _core.Placement,
+        expert_load: Load,
+        num_groups: int,
+        policy: str,
+        layer_ids: Sequence[int] | None,
+    ) -> Self:
+        """A plan of parts that fit; the load is copied, since its owner may change it."""
+        plan = object.__new__(cls)
+        plan._placement = placement
+        plan._expert_load = expert_load.copy()
+        plan._expert_load.flags.writeable = False
+        plan._num_groups = num_groups
+        plan._policy = policy
+        plan._layer_ids = _checked_layer_ids(layer_ids, placement.num_layers)
+        return plan
+
+    @classmethod
+    def from_phy2log(
+        cls,
+        topology: _core.Topology,
+        phy2log: npt.ArrayLike,
+        load: LoadLike,
+        *,
+        num_groups: int = 1,
+        policy: str = "given",
+        layer_ids: Sequence[int] | None = None,
+    ) -> Self:
+        """A plan of a placement that came from elsewhere: an engine's map, another planner.
+
+        Args:
+            topology: The machines.
+            phy2log: `[L, R]`, integers: the expert in each slot. Replicas are numbered by slot.
+            load: `[L, E]`, the load to judge it by.
+            num_groups: In how many groups the experts are.
+            policy: A name for where it came from.
+            layer_ids: The number of each layer in the model, `[L]`; by default from 0.
+
+        Raises:
+            InvalidInputError: ``wrong_dtype`` or ``wrong_shape`` for ``phy2log``,
+                ``out_of_range`` for an expert that does not exist, ``too_small`` for one without
+                a slot; for the load as :meth:`Planner.plan`.
+        """
+        expert_load = as_load(load)
+        slots = _as_slots(phy2log, topology, len(expert_load))
+        placement = _core.Placement(topology, expert_load.shape[1], slots.ravel())
+        placement.rank_load(expert_load)  # refuses what is no load
+        return cls._made(placement, expert_load, num_groups, policy, layer_ids)
+
+    # What it is
+
+    @property
+    def topology(self) -> _core.Topology:
+        """The machines."""
+        return self._placement.topology
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self._placement.num_layers
+
+    @property
+    def num_experts(self) -> int:
+        """E, the logical experts of each layer."""
+        return self._placement.num_experts
+
+    @property
+    def num_groups(self) -> int:
+        """In how many groups the experts are."""
+        return self._num_groups
+
+    @property
+    def policy(self) -> str:
+        """The name of the policy that made it."""
+        return self._policy
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """The number of each layer in the model, `[L]`."""
+        return self._layer_ids
+
+    @property
+    def expert_load(self) -> Load:
+        """`[L, E]` float32, the load it was made for."""
+        return self._expert_load
+
+    @cached_property
+    def phy2log(self) -> npt.NDArray[np.int64]:
+        """`[L, R]` int64, the expert in each slot. Rank `d` holds slots `d R/D` onwards."""
+        return self._placement.phy2log
+
+    @cached_property
+    def log2phy(self) -> npt.NDArray[np.int64]:
+        """`[L, E, X]` int64, the slots of each expert's replicas; -1 pads."""
+        return self._placement.log2phy
+
+    @cached_property
+    def logcnt(self) -> npt.NDArray[np.int64]:
+        """`[L, E]` int64, how many replicas each expert has."""
+        return self._placement.logcnt
+
+    # How good it is
+
+    @cached_property
+    def rank_load(self) -> npt.NDArray[np.float64]:
+        """`[L, D]` float64, what each rank carries if an expert's replicas share its tokens
+        evenly; in the unit of the load."""
+        return _read_only(self._placement.rank_load(self._expert_load))
+
+    @property
+    def balance(self) -> float:
+        """Sum over layers of the mean rank load / sum over layers of the largest; 1 is perfect,
+        and what an all-zero load has."""
+        largest = float(self.rank_load.max(axis=1).sum())
+        return float(self.rank_load.mean(axis=1).sum()) / largest if largest > 0 else 1.0
+
+    @property
+    def imbalance(self) -> float:
+        """Largest over mean rank load, both summed over layers: the inverse of the balance."""
+        return 1.0 / self.balance
+
+    @cached_property
+    def layer_imbalance(self) -> npt.NDArray[np.float64]:
+        """`[L]` float64, largest over mean rank load of each layer; 1 for a layer without load."""
+        mean = self.rank_load.mean(axis=1)
+        largest = self.rank_load.max(axis=1)
+        ones = np.ones(self.num_layers)
+        return _read_only(np.divide(largest, mean, out=ones, where=mean > 0))
+
+    @cached_property
+    def lower_bound(self) -> npt.NDArray[np.float64]:
+        """`[L]` float64, a load that some rank carries at least, whatever the placement.
+
+        The larger of the mean rank load and the least largest share of an expert that any number
+        of replicas could give. Of the placement's rules it knows the number of slots and ranks:
+        not that slots are few on each rank, nor that groups stay on a node.
+        """
+        return _read_only(_core.lower_bound(self._expert_load, self.topology))
+
+    @property
+    def duplicates(self) -> int:
+        """How many slots, over all layers, repeat an expert that an earlier slot of their rank
+        holds. They serve no balance."""
+        return int(self.layer_duplicates.sum())
+
+    @cached_property
+    def layer_duplicates(self) -> npt.NDArray[np.int64]:
+        """`[L]` int64, :attr:`duplicates` of each layer."""
+        return _read_only(self._placement.duplicates())
+
+    def with_load(self, load: LoadLike) -> Self:
+        """The same placement judged by another load `[L, E]`, that of the next window, say.
+
+        Raises:
+            InvalidInputError: As :meth:`Planner.plan`; ``wrong_shape`` for other layers or
+                experts.
+        """
+        expert_load = as_load(load)
+        self._placement.rank_load(expert_load)  # refuses what is no load, or does not fit
+        ids = self._layer_ids
+        return self._made(self._placement, expert_load, self._num_groups, self._policy, ids)
+
+    # How it is kept
+
+    def to_json(self) -> str:
+        """The plan as JSON, one line per layer and array."""
+        topology = self.topology
+        counts = self.logcnt.tolist()
+        slots = [
+            [row[:count] for row, count in zip(rows, layer_counts, strict=True)]
+            for rows, layer_counts in zip(self.log2phy.tolist(), counts, strict=True)
+        ]
+        fields: dict[str, Any] = {
+            "format": _FORMAT,
+            "version": _FORMAT_VERSION,
+            "topology": {
+                "num_nodes": topology.num_nodes,
+                "gpus_per_node": topology.gpus_per_node,
+                "slots_per_gpu": topology.slots_per_gpu,
+            },
+            "num_groups": self._num_groups,
+            "policy": self._policy,
+            "layer_ids": list(self._layer_ids),
+            "phy2log": self.phy2log.tolist(),
+            "log2phy": slots,
+            "expert_load": [_numbers(row) for row in self._expert_load],
+        }
+        return "{\n" + ",\n".join(_field(name, value) for name, value in fields.items()) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The plan in a text that :meth:`to_json` wrote.
+
+        Raises:
+            InvalidInputError: ``not_json``, ``wrong_format`` for JSON that is no plan, or what
+                :meth:`from_phy2log` says of its content; ``inconsistent`` if its maps disagree.
+        """
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _not_a_plan("not_json", str(error)) from None
+        if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
+            raise _not_a_plan("wrong_format", "JSON of another kind")
+        if fields.get("version") != _FORMAT_VERSION:
+            raise _not_a_plan("wrong_format", f"version {fields.get('version')!r}")
+        try:
+            topology = _core.Topology(**fields["topology"])
+            expert_load = as_load(fields["expert_load"], "expert_load")
+            slots = _as_slots(fields["phy2log"], topology, len(expert_load))
+            log2phy, logcnt = _padded(fields["log2phy"])
+            num_groups, policy = int(fields["num_groups"]), str(fields["policy"])
+            layer_ids = fields["layer_ids"]
+        except InvalidInputError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise _not_a_plan("wrong_format", f"a field that does not fit: {error!r}") from None
+        num_experts = expert_load.shape[1]
+        placement = _core.Placement(
+            topology, num_experts, slots.ravel(), log2phy.ravel(), logcnt.ravel()
+        )
+        placement.rank_load(expert_load)  # refuses what is no load
+        return cls._made(placement, expert_load, num_groups, policy, layer_ids)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes :meth:`to_json` to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """The plan in a file that :meth:`save` wrote.
+
+        Raises:
+            InvalidInputError: ``missing_file`` or ``unreadable_file``, else as :meth:`from_json`.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise _not_a_plan("missing_file", str(path), "a file that exists") from None
+        except (OSError, UnicodeDecodeError) as error:
+            got = f"{path}: {error}"
+            raise _not_a_plan("unreadable_file", got, "a JSON file in UTF-8") from None
+        return cls.from_json(text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (
+            self.topology,
+            self.num_experts,
+            np.array(self.phy2log),
+            np.array(self.log2phy),
+            np.array(self.logcnt),
+            np.array(self._expert_load),
+            self._num_groups,
+            self._policy,
+            self._layer_ids,
+        )
+        return _rebuild, (type(self), *parts)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return (
+            self._placement == other._placement
+            and self._layer_ids == other._layer_ids
+            and bool(np.array_equal(self._expert_load, other._expert_load))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.topology, self.phy2log.tobytes(), self._expert_load.tobytes()))
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan of {self.num_layers} layers x {self.num_experts} experts on "
+            f"{self.topology.num_slots} slots of {self.topology.num_gpus} GPUs: "
+            f"balance {self.balance:.4f}>"
+        )
+
+
+def _rebuild(
+    cls: type[Plan],
+    topology: _core.Topology,
+    num_experts: int,
+    phy2log: npt.NDArray[np.int64],
+    log2phy: npt.NDArray[np.int64],
+    logcnt: npt.NDArray[np.int64],
+    expert_load: Load,
+    num_groups: int,
+    policy: str,
+    layer_ids: tuple[int, ...],
+) -> Plan:
+    placement = _core.Placement(
+        topology, num_experts, phy2log.ravel(), log2phy.ravel(), logcnt.ravel()
+    )
+    return cls._made(placement, expert_load, num_groups, policy, layer_ids)
+
+
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array.flags.writeable = False
+    return array
+
+
+def _checked_layer_ids(layer_ids: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    if layer_ids is None:
+        return tuple(range(num_layers))
+    try:
+        ids = tuple(int(layer) for layer in layer_ids)
+    except (TypeError, ValueError):
+        ids = ()
+    if len(ids) != num_layers:
+        raise InvalidInputError(
+            code="wrong_shape",
+            argument="layer_ids",
+            got=repr(layer_ids),
+            expected=f"{num_layers} whole numbers, one per layer",
+        )
+    return ids
+
+
+def _as_slots(
+    phy2log: npt.ArrayLike, topology: _core.Topology, num_layers: int
+) -> npt.NDArray[np.int64]:
+    """`phy2log` as int64 `[L, R]`; its content is checked by the native module."""
+    try:
+        array = np.asarray(phy2log)
+    except ValueError as error:
+        raise InvalidInputError(
+            code="ragged",
+            argument="phy2log",
+            got=str(error),
+            expected="rows of equal length, [layers, slots]",
+        ) from None
+    if array.dtype.kind not in "iu":
+        raise InvalidInputError(
+            code="wrong_dtype",
+            argument="phy2log",
+            got=f"dtype {array.dtype}",
+            expected="of integers",
+        )
+    if array.shape != (num_layers, topology.num_slots):
+        raise InvalidInputError(
+            code="wrong_shape",
+            argument="phy2log",
+            got=f"shape {array.shape}",
+            expected=f"of shape {(num_layers, topology.num_slots)}, "
+            "the layers of the load by the slots of the topology",
+        )
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def _padded(
+    slots: list[list[list[int]]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """`log2phy` and `logcnt` from the slots of each expert, without padding."""
+    counts = np.array([[len(row) for row in layer] for layer in slots], dtype=np.int64)
+    if counts.ndim != 2 or counts.size == 0:
+        raise ValueError("log2phy has layers of different length")
+    log2phy = np.full((*counts.shape, max(int(counts.max()), 1)), -1, dtype=np.int64)
+    used = np.arange(log2phy.shape[2]) < counts[..., None]
+    log2phy[used] = [slot for layer in slots for row in layer for slot in row]
+    return log2phy, counts
+
+
+def _numbers(row: Load) -> list[int] | list[float]:
+    """A row of loads as JSON has it: whole numbers without a fraction."""
+    whole = row.astype(np.float64)
+    if (whole == np.floor(whole)).all() and (whole < 2**53).all():
+        return [int(value) for value in whole]
+    return [float(value) for value in whole]
+
+
+def _field(name: str, value: Any) -> str:
+    """A line of JSON; a list of layers takes a line per layer."""
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        rows = ",\n".join("    " + json.dumps(row, separators=(",", ":")) for row in value)
+        return f'  "{name}": [\n{rows}\n  ]'
+    return f"  {json.dumps(name)}: {json.dumps(value)}"
+
+
+def _not_a_plan(
+    code: str, got: str, expected: str = "a plan that Plan.save wrote"
+) -> InvalidInputError:
+    return InvalidInputError(code=code, argument="plan", got=got, expected=expected)

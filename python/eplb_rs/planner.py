@@ -1,0 +1,226 @@
+"""The planner: machines, a policy and the memory they need, for those who replan in a loop.
+
+Letters: L layers, E logical experts, R slots, D ranks (GPUs), X the most replicas of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from eplb_rs import _core
+from eplb_rs._inputs import as_load
+from eplb_rs.errors import InvalidInputError
+from eplb_rs.plan import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from eplb_rs._inputs import LoadLike
+
+__all__ = ["PlanBuffers", "Planner", "PolicyName", "Timing"]
+
+PolicyName: TypeAlias = Literal["deepseek", "trivial"]
+
+
+class Timing(NamedTuple):
+    """Where the time of a call went, in microseconds."""
+
+    native_us: float
+    """Planning and writing, in native code."""
+    wait_us: float
+    """Waiting to get the interpreter back, where it was let go."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlanBuffers:
+    """Arrays that :meth:`Planner.plan_into` writes a placement into; all int64, C-contiguous.
+
+    Attributes:
+        phy2log: `[L, R]`, the expert in each slot.
+        log2phy: `[L, E, X]` or wider, the slots of each expert, -1 pads; or ``None`` where
+            nobody reads it, which saves most of the writing.
+        logcnt: `[L, E]`, how many replicas each expert has.
+    """
+
+    phy2log: npt.NDArray[np.int64]
+    log2phy: npt.NDArray[np.int64] | None
+    logcnt: npt.NDArray[np.int64]
+
+
+class Planner:
+    """Plans placements of experts on one topology.
+
+    A planner may be used from many threads at once, and gives the same bytes on any number of
+    threads, on any machine.
+
+    Args:
+        topology: The machines.
+        num_groups: In how many groups the model's experts are (DeepSeek-V3 and R1: 8). Under
+            ``policy="deepseek"``, if groups divide over nodes, each group stays on one node;
+            otherwise groups and nodes are ignored.
+        policy: ``"deepseek"``, the reference algorithm, to the last slot; or ``"trivial"``, what
+            engines start from: slot `i` holds expert `i mod E`, whatever the load.
+        threads: How many threads a call computes on. 1 is the caller's own; more are a pool that
+            belongs to this planner. One is fastest below about 0.5 ms of work.
+        release_gil: Whether a call lets go of the interpreter while it computes. ``None`` does so
+            above about 50 us of work. Others can then run; but getting it back from a thread that
+            computes in Python takes up to :func:`sys.getswitchinterval` (5 ms), many times the
+            plan. A caller with a latency budget passes ``False``; one whose other threads must not
+            wait, ``True``. :attr:`last_timing` reports the wait.
+
+    Raises:
+        InvalidInputError: ``not_positive``, ``not_integer``, ``too_large`` for a count,
+            ``unknown`` for a policy, ``wrong_type`` for the topology.
+
+    Example:
+        >>> import eplb_rs
+        >>> topology = eplb_rs.Topology(num_nodes=2, gpus_per_node=4, slots_per_gpu=2)
+        >>> planner = eplb_rs.Planner(topology, num_groups=4)
+        >>> plan = planner.plan([[90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86]])
+        >>> plan.phy2log.shape
+        (1, 16)
+    """
+
+    __slots__ = ("_core",)
+
+    def __init__(
+        self,
+        topology: _core.Topology,
+        num_groups: int = 1,
+        policy: PolicyName = "deepseek",
+        threads: int = 1,
+        *,
+        release_gil: bool | None = None,
+    ) -> None:
+        if not isinstance(topology, _core.Topology):
+            raise InvalidInputError(
+                code="wrong_type",
+                argument="topology",
+                got=repr(topology),
+                expected="an eplb_rs.Topology",
+                hint="eplb_rs.Topology(num_nodes, gpus_per_node, slots_per_gpu)",
+            )
+        if not isinstance(policy, str):
+            raise InvalidInputError(
+                code="wrong_type", argument="policy", got=repr(policy), expected="a string"
+            )
+        release = None if release_gil is None else bool(release_gil)
+        self._core = _core.Planner(topology, num_groups, policy, threads, release)
+
+    @property
+    def topology(self) -> _core.Topology:
+        """The machines it plans for."""
+        return self._core.topology
+
+    @property
+    def num_groups(self) -> int:
+        """In how many groups the model's experts are."""
+        return self._core.num_groups
+
+    @property
+    def policy(self) -> str:
+        """The name of the policy."""
+        return self._core.policy
+
+    @property
+    def threads(self) -> int:
+        """On how many threads a call computes."""
+        return self._core.threads
+
+    @property
+    def release_gil(self) -> bool | None:
+        """Whether a call lets go of the interpreter; ``None`` decides by the size of the work."""
+        return self._core.release_gil
+
+    @property
+    def last_timing(self) -> Timing:
+        """Where the time of the call that ended last went."""
+        return Timing(*self._core.last_timing)
+
+    def plan(self, load: LoadLike, *, layer_ids: Sequence[int] | None = None) -> Plan:
+        """Plans a placement.
+
+        Args:
+            load: `[L, E]`, tokens per expert and layer (any unit): a NumPy array or torch tensor
+                of any integer or floating dtype, or nested lists. Read as float32. All zero gives
+                an even plan.
+            layer_ids: The number of each layer in the model, `[L]`; by default from 0.
+
+        Returns:
+            The plan, with a copy of the load it was made for.
+
+        Raises:
+            InvalidInputError: For the load, see :func:`eplb_rs.rebalance_experts`;
+                ``too_small`` if there are fewer slots than experts, ``not_multiple`` if experts
+                do not divide into groups.
+
+        Cost: O(L R log R): see ``benches/results``.
+        """
+        array = as_load(load)
+        placement = self._core.plan(array)
+        core = self._core
+        return Plan._made(placement, array, core.num_groups, core.policy, layer_ids)
+
+    def plan_into(self, load: LoadLike, out: PlanBuffers) -> None:
+        """Plans a placement into buffers, and allocates nothing once warm.
+
+        Warm means: given a C-contiguous float32 array of a shape planned before. Other loads are
+        converted first.
+
+        Args:
+            load: As for :meth:`plan`.
+            out: Arrays of its shapes, from :meth:`allocate` or elsewhere (an engine's pinned
+                memory, say).
+
+        Raises:
+            InvalidInputError: As :meth:`plan`; ``wrong_dtype``, ``wrong_shape``, ``too_small``,
+                ``read_only``, ``not_contiguous`` or ``in_use`` for a buffer. The buffers are then
+                as they were.
+        """
+        self._core.plan_into(as_load(load), out.phy2log, out.log2phy, out.logcnt)
+
+    def allocate(
+        self, num_layers: int, num_experts: int, max_replicas: int | None = None
+    ) -> PlanBuffers:
+        """Buffers for :meth:`plan_into`.
+
+        Args:
+            num_layers: L.
+            num_experts: E.
+            max_replicas: How wide ``log2phy`` is. By default as wide as it can ever need to be,
+                `R - E + 1`; narrower is faster to fill, and a plan that does not fit is refused.
+                0 leaves ``log2phy`` out.
+        """
+        num_slots = self._core.topology.num_slots
+        widest = max(num_slots - num_experts + 1, 1)
+        width = widest if max_replicas is None else max_replicas
+        shape: Any = (num_layers, num_experts)
+        return PlanBuffers(
+            phy2log=np.zeros((num_layers, num_slots), dtype=np.int64),
+            log2phy=np.full((*shape, width), -1, dtype=np.int64) if width else None,
+            logcnt=np.zeros(shape, dtype=np.int64),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Planner({self.topology!r}, num_groups={self.num_groups}, "
+            f"policy={self.policy!r}, threads={self.threads})"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arguments = (self.topology, self.num_groups, self.policy, self.threads, self.release_gil)
+        return _rebuild, arguments
+
+
+def _rebuild(
+    topology: _core.Topology,
+    num_groups: int,
+    policy: PolicyName,
+    threads: int,
+    release_gil: bool | None,
+) -> Planner:
+    return Planner(topology, num_groups, policy, threads, release_gil=release_gil)

@@ -1,0 +1,89 @@
+//! Python's numbers and arrays as the planner crates take them.
+
+use eplb::Load;
+use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use pyo3::prelude::*;
+use pyo3::types::PyBool;
+
+use crate::errors::{invalid_input, plan_error};
+
+/// A count: anything with `__index__` but a bool, that is not negative.
+pub(crate) fn count(value: &Bound<'_, PyAny>, argument: &'static str) -> PyResult<usize> {
+    let py = value.py();
+    let refuse = |code, hint| {
+        let got = value
+            .repr()
+            .map_or_else(|_| "?".into(), |repr| repr.to_string());
+        invalid_input(
+            py,
+            code,
+            argument,
+            &got,
+            "a whole number of at least 1",
+            hint,
+        )
+    };
+    if value.is_instance_of::<PyBool>() {
+        return Err(refuse("not_integer", ""));
+    }
+    if let Ok(count) = value.extract::<usize>() {
+        return Ok(count);
+    }
+    // A number that does not fit, or no whole number at all.
+    match value.call_method0("__index__") {
+        Err(_) => Err(refuse("not_integer", "")),
+        Ok(index) if index.lt(0)? => Err(refuse("not_positive", "")),
+        Ok(_) => Err(refuse("too_large", "")),
+    }
+}
+
+/// A load that `eplb_rs` has made a C-contiguous `float32` array.
+pub(crate) struct LoadArray<'py>(PyReadonlyArray2<'py, f32>);
+
+impl<'py> LoadArray<'py> {
+    pub(crate) fn new(load: PyReadonlyArray2<'py, f32>) -> Self {
+        Self(load)
+    }
+
+    /// Layers and experts.
+    pub(crate) fn shape(&self) -> (usize, usize) {
+        match self.0.shape() {
+            &[num_layers, num_experts] => (num_layers, num_experts),
+            _ => (0, 0),
+        }
+    }
+
+    /// The values, row-major.
+    pub(crate) fn values(&self) -> PyResult<&[f32]> {
+        let values = self.0.as_slice();
+        values.map_err(|_| not_contiguous(self.0.py(), "load"))
+    }
+
+    /// The load, its content checked.
+    pub(crate) fn checked(&self) -> PyResult<Load<'_>> {
+        let (num_layers, num_experts) = self.shape();
+        Load::new(self.values()?, num_layers, num_experts)
+            .map_err(|error| plan_error(self.0.py(), &error))
+    }
+}
+
+/// The values of an array that `eplb_rs` has flattened.
+pub(crate) fn flat<'a>(
+    array: &'a PyReadonlyArray1<'_, i64>,
+    argument: &'static str,
+) -> PyResult<&'a [i64]> {
+    array
+        .as_slice()
+        .map_err(|_| not_contiguous(array.py(), argument))
+}
+
+pub(crate) fn not_contiguous(py: Python<'_>, argument: &str) -> PyErr {
+    invalid_input(
+        py,
+        "not_contiguous",
+        argument,
+        "a strided array",
+        "C-contiguous",
+        "numpy.ascontiguousarray makes it so",
+    )
+}

@@ -1,0 +1,251 @@
+//! `Planner`: when to let go of the interpreter, and what that costs.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use eplb::{Load, PlacementMut, Policy};
+use numpy::ndarray::{Dimension, Ix2, Ix3};
+use numpy::{
+    BorrowError, PyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray2,
+    PyReadwriteArray,
+};
+use pyo3::prelude::*;
+
+use crate::arguments::{LoadArray, count, not_contiguous};
+use crate::errors::{invalid_input, plan_error};
+use crate::placement::Placement;
+use crate::topology::Topology;
+
+/// The most slots, over all layers, that are planned without letting go of the interpreter:
+/// about 50 us of work. Getting it back costs 0.2 us from nobody, and up to a switch interval
+/// (5 ms) from a thread that computes in Python.
+const ATTACHED_SLOTS: usize = 8192;
+
+/// `phy2log`, `log2phy` and `logcnt`.
+type Arrays<'py> = (
+    Bound<'py, PyArray2<i64>>,
+    Bound<'py, PyArray3<i64>>,
+    Bound<'py, PyArray2<i64>>,
+);
+
+/// Plans placements on one topology.
+#[pyclass(frozen, module = "eplb_rs._core")]
+pub(crate) struct Planner {
+    planner: eplb::Planner,
+    /// Whether to let go of the interpreter; where unset, by the size of the work.
+    release_gil: Option<bool>,
+    /// Copies of loads, for calls that have let go: their arrays may change meanwhile.
+    copies: Mutex<Vec<Vec<f32>>>,
+    native_ns: AtomicU64,
+    wait_ns: AtomicU64,
+}
+
+#[pymethods]
+impl Planner {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        topology: &Topology,
+        num_groups: &Bound<'_, PyAny>,
+        policy: &str,
+        threads: &Bound<'_, PyAny>,
+        release_gil: Option<bool>,
+    ) -> PyResult<Self> {
+        let known = Policy::from_name(policy).ok_or_else(|| {
+            let names: Vec<_> = Policy::ALL.iter().map(|policy| policy.name()).collect();
+            let expected = format!("one of: {}", names.join(", "));
+            invalid_input(py, "unknown", "policy", policy, &expected, "")
+        })?;
+        let planner = eplb::Planner::new(
+            topology.0.clone(),
+            count(num_groups, "num_groups")?,
+            known,
+            count(threads, "threads")?,
+        );
+        Ok(Self {
+            planner: planner.map_err(|error| plan_error(py, &error))?,
+            release_gil,
+            copies: Mutex::default(),
+            native_ns: AtomicU64::new(0),
+            wait_ns: AtomicU64::new(0),
+        })
+    }
+
+    #[getter]
+    fn topology(&self) -> Topology {
+        Topology(self.planner.topology().clone())
+    }
+
+    #[getter]
+    fn num_groups(&self) -> usize {
+        self.planner.num_groups()
+    }
+
+    #[getter]
+    fn policy(&self) -> &'static str {
+        self.planner.policy().name()
+    }
+
+    #[getter]
+    fn threads(&self) -> usize {
+        self.planner.num_threads()
+    }
+
+    #[getter]
+    fn release_gil(&self) -> Option<bool> {
+        self.release_gil
+    }
+
+    #[getter]
+    fn keeps_groups(&self) -> bool {
+        self.planner.keeps_groups()
+    }
+
+    /// Of the call that ended last: microseconds of native work, and microseconds of waiting to
+    /// get the interpreter back.
+    #[getter]
+    fn last_timing(&self) -> (f64, f64) {
+        let us = |ns: &AtomicU64| ns.load(Ordering::Relaxed) as f64 / 1e3;
+        (us(&self.native_ns), us(&self.wait_ns))
+    }
+
+    /// Plans a load, float32 `[num_layers, num_experts]`, C-contiguous.
+    fn plan(&self, py: Python<'_>, load: PyReadonlyArray2<'_, f32>) -> PyResult<Placement> {
+        let load = LoadArray::new(load);
+        self.run(py, &load, |load| self.planner.plan(load))
+            .map(Placement)
+    }
+
+    /// Plans a load and hands out `phy2log`, `log2phy` and `logcnt` as arrays of their own.
+    fn plan_arrays<'py>(
+        &self,
+        py: Python<'py>,
+        load: PyReadonlyArray2<'py, f32>,
+    ) -> PyResult<Arrays<'py>> {
+        let placement = self.plan(py, load)?.0;
+        let (layers, experts) = (placement.num_layers(), placement.num_experts());
+        let slots = placement.topology().num_slots();
+        let width = placement.max_replicas();
+        let (phy2log, log2phy, logcnt) = placement.into_parts();
+        Ok((
+            PyArray1::from_vec(py, phy2log).reshape([layers, slots])?,
+            PyArray1::from_vec(py, log2phy).reshape([layers, experts, width])?,
+            PyArray1::from_vec(py, logcnt).reshape([layers, experts])?,
+        ))
+    }
+
+    /// Plans a load into int64 arrays: `phy2log` `[L, R]`, `log2phy` `[L, E, width]` or `None`,
+    /// `logcnt` `[L, E]`.
+    fn plan_into(
+        &self,
+        py: Python<'_>,
+        load: PyReadonlyArray2<'_, f32>,
+        phy2log: &Bound<'_, PyAny>,
+        log2phy: Option<&Bound<'_, PyAny>>,
+        logcnt: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let mut phy2log = buffer::<Ix2>(phy2log, "phy2log")?;
+        let mut logcnt = buffer::<Ix2>(logcnt, "logcnt")?;
+        let mut log2phy = log2phy
+            .map(|log2phy| buffer::<Ix3>(log2phy, "log2phy"))
+            .transpose()?;
+        let mut out = PlacementMut {
+            phy2log: contiguous(py, &mut phy2log, "phy2log")?,
+            log2phy: match &mut log2phy {
+                Some(log2phy) => Some(contiguous(py, log2phy, "log2phy")?),
+                None => None,
+            },
+            logcnt: contiguous(py, &mut logcnt, "logcnt")?,
+        };
+        let draft = self.run(py, &LoadArray::new(load), |load| self.planner.draft(load))?;
+        // Attached: nobody may see the buffers half written.
+        let start = Instant::now();
+        let written = draft.write_into(&mut out);
+        self.native_ns
+            .fetch_add(nanoseconds(start.elapsed()), Ordering::Relaxed);
+        written.map_err(|error| plan_error(py, &error))
+    }
+}
+
+impl Planner {
+    /// Runs `work` on a load, with or without the interpreter, and keeps the time.
+    fn run<T: Send>(
+        &self,
+        py: Python<'_>,
+        load: &LoadArray<'_>,
+        work: impl FnOnce(&Load<'_>) -> eplb::Result<T> + Send,
+    ) -> PyResult<T> {
+        let start = Instant::now();
+        let (num_layers, num_experts) = load.shape();
+        let slots = num_layers.saturating_mul(self.planner.topology().num_slots());
+        let (result, end) = if self.release_gil.unwrap_or(slots > ATTACHED_SLOTS) {
+            let mut copy = self.copies().pop().unwrap_or_default();
+            copy.clear();
+            copy.extend_from_slice(load.values()?);
+            let done = py.detach(|| {
+                let load = Load::new(&copy, num_layers, num_experts);
+                (load.and_then(|load| work(&load)), Instant::now())
+            });
+            self.copies().push(copy);
+            done
+        } else {
+            let load = Load::new(load.values()?, num_layers, num_experts);
+            (load.and_then(|load| work(&load)), Instant::now())
+        };
+        let native = nanoseconds(end - start);
+        self.native_ns.store(native, Ordering::Relaxed);
+        self.wait_ns
+            .store(nanoseconds(end.elapsed()), Ordering::Relaxed);
+        result.map_err(|error| plan_error(py, &error))
+    }
+
+    fn copies(&self) -> MutexGuard<'_, Vec<Vec<f32>>> {
+        self.copies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A writable int64 array of `D` dimensions that nobody else is writing.
+fn buffer<'py, D: Dimension>(
+    array: &Bound<'py, PyAny>,
+    argument: &'static str,
+) -> PyResult<PyReadwriteArray<'py, i64, D>> {
+    let py = array.py();
+    let refuse = |code, got: &str, hint| {
+        let expected = format!(
+            "a writable C-contiguous int64 array of {} dimensions",
+            D::NDIM.unwrap_or(0)
+        );
+        invalid_input(py, code, argument, got, &expected, hint)
+    };
+    let Ok(array) = array.cast::<PyArray<i64, D>>() else {
+        let kind = array.get_type().to_string();
+        return Err(refuse(
+            "wrong_dtype",
+            &kind,
+            "Planner.allocate makes buffers that fit",
+        ));
+    };
+    array.try_readwrite().map_err(|error| match error {
+        BorrowError::NotWriteable => refuse("read_only", "a read-only array", ""),
+        _ => refuse(
+            "in_use",
+            "an array that another call, or another buffer of this one, is using",
+            "give each call and each output memory of its own",
+        ),
+    })
+}
+
+fn contiguous<'a, D: Dimension>(
+    py: Python<'_>,
+    array: &'a mut PyReadwriteArray<'_, i64, D>,
+    argument: &'static str,
+) -> PyResult<&'a mut [i64]> {
+    array
+        .as_slice_mut()
+        .map_err(|_| not_contiguous(py, argument))
+}
