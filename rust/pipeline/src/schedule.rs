@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::op::{Kind, Op};
 
 /// At most this many (stage, copy, micro-batch) triples: a schedule beyond it is a typing error.
-const MOST_SLOTS: u64 = 1 << 28;
+const MOST_SLOTS: u64 = 1 << 24;
 
 /// Where each copy of each stage lives, and how many micro-batches each copy sees.
 ///

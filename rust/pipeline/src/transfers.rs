@@ -42,7 +42,7 @@ pub(crate) fn place_checked(order: &Schedule) -> Result<Schedule> {
     }
     // The order got stuck, so it breaks a rule; a proof would contradict that.
     Err(match verify(order, &VerifyOptions::default()) {
-        Err(violation) => violation.into(),
+        Err(error) => error,
         Ok(_) => crate::Error::input(
             "stuck",
             "order",

@@ -8,6 +8,8 @@ mod arguments;
 mod errors;
 mod placement;
 mod planner;
+mod schedule;
+mod schedule_errors;
 mod topology;
 
 /// Planning core of `eplb_rs` and `dualpipe`. Use the packages; this module is theirs.
@@ -17,6 +19,8 @@ mod _core {
     use crate::placement::{Placement, lower_bound};
     #[pymodule_export]
     use crate::planner::Planner;
+    #[pymodule_export]
+    use crate::schedule::{Schedule, schedule_methods};
     #[pymodule_export]
     use crate::topology::Topology;
 

@@ -18,6 +18,9 @@ use crate::error::{Error, Result};
 use crate::schedule::Schedule;
 use crate::transfers::place_checked;
 
+/// The V and DualPipe orders unfold over 2P micro-batches of 2P stages: this bounds their memory.
+const MOST_RANKS: usize = 2048;
+
 /// A schedule of the field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
@@ -238,13 +241,13 @@ impl Request {
             stages_per_rank,
             ..
         } = *self;
-        if num_ranks == 0 {
+        if num_ranks == 0 || num_ranks > MOST_RANKS {
             return Err(Error::input(
                 "num_ranks",
                 "num_ranks",
                 num_ranks,
-                "at least 1",
-                "a pipeline has at least one rank",
+                format!("1 to {MOST_RANKS}"),
+                "a pipeline has at least one rank, and beyond that many the time of one micro-batch is lost",
             ));
         }
         if num_micro_batches == 0 {

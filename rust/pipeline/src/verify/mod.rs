@@ -10,6 +10,7 @@ mod violation;
 
 pub use violation::{Rule, Violation, Wait};
 
+use crate::error::Error;
 use crate::memory::{Peak, Sizes};
 use crate::schedule::Schedule;
 use crate::wires::Wires;
@@ -91,8 +92,16 @@ pub struct Proof {
 ///
 /// # Errors
 ///
-/// The first rule broken, as the smallest counter-example.
-pub fn verify(schedule: &Schedule, options: &VerifyOptions) -> Result<Proof, Violation> {
+/// [`Error::Rule`] with the first rule broken, as the smallest counter-example; [`Error::Input`]
+/// for sizes that do not fit the schedule.
+pub fn verify(schedule: &Schedule, options: &VerifyOptions) -> Result<Proof, Error> {
+    if let Some(sizes) = &options.sizes {
+        sizes.check(schedule.layout())?;
+    }
+    Ok(prove(schedule, options)?)
+}
+
+fn prove(schedule: &Schedule, options: &VerifyOptions) -> Result<Proof, Violation> {
     let wires = Wires::new(schedule.layout());
     let scan = scan::scan(schedule, &wires, options)?;
     let mut proven = Vec::new();
