@@ -9,6 +9,7 @@ schedule of the field, proved free of deadlock, simulated, drawn, and exchanged 
 110.0
 """
 
+from dualpipe.choice import Candidate, Layers, Machine, Partition, partition, search
 from dualpipe.errors import DeadlockError, ScheduleError
 from dualpipe.instruction import Instruction, Kind
 from dualpipe.schedule import METHODS, Costs, Schedule, Timeline
@@ -16,12 +17,18 @@ from eplb_rs._core import __version__
 
 __all__ = [
     "METHODS",
+    "Candidate",
     "Costs",
     "DeadlockError",
     "Instruction",
     "Kind",
+    "Layers",
+    "Machine",
+    "Partition",
     "Schedule",
     "ScheduleError",
     "Timeline",
     "__version__",
+    "partition",
+    "search",
 ]

@@ -433,7 +433,7 @@ class Schedule:
             activation,
             message,
             None if max_activations is None else _count(max_activations, "max_activations"),
-            None if max_bytes is None else _count(max_bytes, "max_bytes"),
+            None if max_bytes is None else _count(max_bytes, "max_bytes", 2**53),
         )
         return Proof(Peaks(*peaks), tuple(proven), num_messages)
 
@@ -616,13 +616,13 @@ def _unpickle(text: str) -> Schedule:
     return Schedule.parse(text, check=False)
 
 
-def _count(value: object, argument: str) -> int:
+def _count(value: object, argument: str, below: int = 2**32) -> int:
     """A whole number that is not negative and fits the core."""
     try:
         count = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         count = -1
-    if isinstance(value, bool) or not 0 <= count < 2**32:
+    if isinstance(value, bool) or not 0 <= count < below:
         raise ScheduleError(
             code=argument, argument=argument, got=repr(value), expected="a whole number, 0 or more"
         )

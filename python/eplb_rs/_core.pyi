@@ -211,3 +211,25 @@ class Schedule:
     def __len__(self) -> int: ...
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
+
+_Layers = tuple[tuple[_Times, _Times, _Times], tuple[_Bytes, _Bytes, _Bytes]]
+_Machine = tuple[
+    tuple[_Times, _Times, _Times], tuple[float, bool, bool], tuple[int | None, int]
+]
+_Cut = tuple[list[int], float, float, bool, _Bytes, float, int, float]
+
+def partition_layers(
+    layers: _Layers,
+    method: str,
+    num_ranks: int,
+    num_micro_batches: int,
+    stages_per_rank: int | None,
+    machine: _Machine,
+) -> _Cut: ...
+def search_schedules(
+    num_ranks: int,
+    methods: list[str],
+    loads: list[tuple[int, _Layers]],
+    stages_per_rank: list[int],
+    machine: _Machine,
+) -> list[tuple[str, int, int | None, _Cut | None, float, float | None, str]]: ...

@@ -23,30 +23,12 @@ def edges(ranks: int) -> list[int]:
     return sorted(m for m in near if 1 <= m <= 4 * ranks)
 
 
-CONFIGURATIONS = [
-    (method, ranks, micro_batches)
-    for method in METHODS
-    for ranks in ranks_of(method)
-    for micro_batches in edges(ranks)
-]
-
-
-def test_the_grid_is_large_enough() -> None:
-    assert len(CONFIGURATIONS) >= 2_000
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_edges(method: str) -> None:
-    for _, ranks, micro_batches in (c for c in CONFIGURATIONS if c[0] == method):
+def test_all_sizes(method: str) -> None:
+    configurations = [(p, m) for p in ranks_of(method) for m in range(1, 4 * p + 1)]
+    assert len(configurations) > 1_000
+    for ranks, micro_batches in configurations:
         check(method, ranks, micro_batches)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_everything(method: str) -> None:
-    for ranks in ranks_of(method):
-        for micro_batches in range(1, 4 * ranks + 1):
-            check(method, ranks, micro_batches)
 
 
 @pytest.mark.parametrize("method", sorted(TAKES_STAGES))

@@ -2,7 +2,8 @@
 //!
 //! A [`Schedule`] holds the instruction stream of every rank. [`Request::generate`] makes one for
 //! any schedule of the field, [`place_transfers`] places what moves between ranks,
-//! [`verify`](verify::verify) proves it right, [`simulate`] predicts its timeline.
+//! [`verify`](verify::verify) proves it right, [`simulate`] predicts its timeline,
+//! [`partition`] and [`search`] choose.
 #![forbid(unsafe_code)]
 
 mod cost;
@@ -10,7 +11,9 @@ mod error;
 mod generate;
 mod memory;
 mod op;
+mod partition;
 mod schedule;
+mod search;
 mod simulate;
 mod text;
 mod torch_csv;
@@ -23,7 +26,9 @@ pub use error::{Error, Result};
 pub use generate::{Method, Request};
 pub use memory::{Peak, Sizes};
 pub use op::{Kind, Op};
+pub use partition::{Layer, Partition, PartitionOptions, partition, stage_costs};
 pub use schedule::{Layout, Schedule};
+pub use search::{Candidate, SearchRequest, search};
 pub use simulate::{Pairs, Sends, SimulateOptions, Span, Timeline, simulate};
 pub use torch_csv::{CsvOptions, Dialect, Form};
 pub use transfers::place_transfers;

@@ -149,8 +149,14 @@ impl Schedule {
                 }
                 ops.push(op);
             }
-            if ops.len() > starts[rank] && ops.last().map(|op| op.kind) == Some(Kind::OverlapForward) {
-                return Err(expected_line(number, line, "a closed pair at the end"));
+            if let Some(open) = ops[starts[rank]..].last().filter(|op| op.kind == Kind::OverlapForward) {
+                return Err(Error::text(
+                    "torn_pair",
+                    (number, ops.len() - starts[rank]),
+                    open,
+                    "part of a whole pair",
+                    "an overlapped pair is written (3F5 4B1)",
+                ));
             }
             starts.push(ops.len());
         }

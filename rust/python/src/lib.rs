@@ -9,6 +9,7 @@ mod errors;
 mod placement;
 mod planner;
 mod schedule;
+mod schedule_choice;
 mod schedule_errors;
 mod topology;
 
@@ -21,6 +22,8 @@ mod _core {
     use crate::planner::Planner;
     #[pymodule_export]
     use crate::schedule::{Schedule, schedule_methods};
+    #[pymodule_export]
+    use crate::schedule_choice::{partition_layers, search_schedules};
     #[pymodule_export]
     use crate::topology::Topology;
 

@@ -307,7 +307,7 @@ fn sizes(activation: Option<Bytes<'_>>, message: Option<Bytes<'_>>) -> PyResult<
 }
 
 /// One figure for all links, or one for each.
-fn links(figures: &Numbers<'_>) -> PyResult<Links> {
+pub(crate) fn links(figures: &Numbers<'_>) -> PyResult<Links> {
     Ok(match figures.as_slice()? {
         [figure] => Links::Uniform(*figure),
         figures => Links::Each(figures.to_vec()),
