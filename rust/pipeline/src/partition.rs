@@ -5,6 +5,8 @@
 //! search starts from cuts that are optimal for bounds of the makespan, and moves layers between
 //! stages as long as that helps. Either way the answer carries a lower bound that no cut can beat.
 
+use std::collections::BTreeMap;
+
 use crate::cost::{Costs, Links};
 use crate::error::{Error, Result};
 use crate::generate::Request;
@@ -247,6 +249,7 @@ struct Search<'a> {
     weight_before: Vec<f64>,
     /// Whether backwards are split, so that weight parts may come after the last input part.
     splits: bool,
+    known: BTreeMap<Vec<usize>, Value>,
     simulations: usize,
 }
 
@@ -285,6 +288,7 @@ impl<'a> Search<'a> {
             input_before: before(|l| l.backward_input),
             weight_before: before(|l| l.backward_weight),
             splits: schedule.ops().iter().any(|op| op.kind == Kind::BackwardWeight),
+            known: BTreeMap::new(),
             simulations: 0,
             layers,
             schedule,
@@ -317,9 +321,12 @@ impl<'a> Search<'a> {
         }
         let bound = self.lower_bound();
         let mut random = 0x9E37_79B9_7F4A_7C15;
-        while self.simulations < self.options.max_simulations
-            && (value.excess > 0 || value.makespan > bound * (1.0 + 1e-9))
-        {
+        // As many kicks as simulations, so that kicks to known cuts come to an end too.
+        for _ in 0..self.options.max_simulations {
+            let optimal = value.excess == 0 && value.makespan <= bound * (1.0 + 1e-9);
+            if optimal || self.simulations >= self.options.max_simulations {
+                break;
+            }
             let start = self.kick(&bounds, &mut random);
             let (found, better) = self.descend(start)?;
             if found.beats(value) {
@@ -406,7 +413,17 @@ impl<'a> Search<'a> {
         Ok(())
     }
 
+    /// What a cut is worth; remembered, since moves and kicks come back to the same cuts.
     fn evaluate(&mut self, bounds: &[usize]) -> Result<Value> {
+        if let Some(&value) = self.known.get(bounds) {
+            return Ok(value);
+        }
+        let value = self.simulated(bounds)?;
+        self.known.insert(bounds.to_vec(), value);
+        Ok(value)
+    }
+
+    fn simulated(&mut self, bounds: &[usize]) -> Result<Value> {
         self.simulations += 1;
         let layout = self.schedule.layout();
         let costs = stage_costs(self.layers, bounds, layout, self.options)?;
