@@ -74,7 +74,9 @@ def judge(text: str) -> str | None:
         or judge_order(t)
         or judge_messages(t)
         or judge_reductions(t)
-        or next((bad for model in ("eager", "rendezvous", "queue") if (bad := replay(t, model))), None)
+        or next(
+            (bad for model in ("eager", "rendezvous", "queue") if (bad := replay(t, model))), None
+        )
     )
 
 
@@ -229,7 +231,11 @@ def judge_reductions(t: Text) -> str | None:
                 if {a, b} <= {ranks[stage] for ranks in t.ranks_of}
             }
             orders = [
-                [s.stage for s in t.streams[r] if (s.letter, s.mark) == ("R", "") and s.stage in shared]
+                [
+                    s.stage
+                    for s in t.streams[r]
+                    if (s.letter, s.mark) == ("R", "") and s.stage in shared
+                ]
                 for r in (a, b)
             ]
             if orders[0] != orders[1]:

@@ -9,11 +9,12 @@ schedule of the field, proved free of deadlock, simulated, drawn, and exchanged 
 110.0
 """
 
+from eplb_rs._core import __version__
+
 from dualpipe.choice import Candidate, Layers, Machine, Partition, partition, search
 from dualpipe.errors import DeadlockError, ScheduleError
 from dualpipe.instruction import Instruction, Kind
 from dualpipe.schedule import METHODS, Costs, Schedule, Timeline
-from eplb_rs._core import __version__
 
 __all__ = [
     "METHODS",

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from eplb_rs import _core
 
 from dualpipe.errors import ScheduleError
 from dualpipe.schedule import METHODS, Schedule, _count, _figures, _link_figures, _one_of
-from eplb_rs import _core
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -194,7 +194,7 @@ def search(
     """
     p = _count(num_ranks, "num_ranks")
     if isinstance(layers, Mapping):
-        loads = [(_count(m, "num_micro_batches"), _layer_arrays(l)) for m, l in layers.items()]
+        loads = [(_count(m, "num_micro_batches"), _layer_arrays(c)) for m, c in layers.items()]
     else:
         counts = (2 * p, 4 * p) if num_micro_batches is None else num_micro_batches
         arrays = _layer_arrays(layers)
@@ -207,8 +207,8 @@ def search(
         _machine(machine, p, max_simulations),
     )
     candidates = [
-        Candidate(method, p, m, v, None if cut is None else _partition(cut), *rest)
-        for method, m, v, cut, *rest in tried
+        Candidate(method, p, m, v, None if cut is None else _partition(cut), time, wins, why)
+        for method, m, v, cut, time, wins, why in tried
     ]
     if isinstance(layers, Mapping):
         # The batch is fixed: what counts is the step, not the micro-batch.
@@ -222,8 +222,12 @@ def _partition(found: tuple[Any, ...]) -> Partition:
 
 
 def _layer_arrays(layers: Layers) -> Any:
-    times = [layers.forward, layers.backward_input, layers.backward_weight]
-    times = [layers.forward if time is None else time for time in times]
+    forward = layers.forward
+    times = [
+        forward,
+        forward if layers.backward_input is None else layers.backward_input,
+        forward if layers.backward_weight is None else layers.backward_weight,
+    ]
     sizes = [layers.parameter_bytes, layers.activation_bytes, layers.message_bytes]
     lengths = [len(value) for value in times + sizes if np.ndim(value) == 1]  # type: ignore[arg-type]
     if not lengths:
@@ -267,4 +271,3 @@ def _machine(machine: Machine | None, p: int, max_simulations: int) -> Any:
             _count(max_simulations, "max_simulations"),
         ),
     )
-

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualpipe import METHODS, Costs, Layers, Machine, Schedule, ScheduleError, search
 from eplb_rs._core import __version__
 
+from dualpipe import METHODS, Costs, Layers, Machine, Schedule, ScheduleError, search
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from dualpipe import Timeline
 
@@ -106,16 +108,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--max-activations", type=int, metavar="N", help="allow no rank more")
 
-    export = _command(commands, "export", "write a schedule as text, JSON or PyTorch's CSV", _export)
+    export = _command(
+        commands, "export", "write a schedule as text, JSON or PyTorch's CSV", _export
+    )
     _add_schedule(export)
-    export.add_argument("--format", choices=["text", "json", "csv"], help="default: by FILE's suffix")
+    export.add_argument(
+        "--format", choices=["text", "json", "csv"], help="default: by FILE's suffix"
+    )
     export.add_argument("--form", choices=["compute_only", "compute_comms"], default="compute_only")
     export.add_argument("--dialect", choices=["current", "older"], default="current")
     export.add_argument("--no-waits", action="store_true", help="for PyTorch before 2.14")
     export.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
 
     find = _command(commands, "search", "rank schedules, partitions and micro-batches", _search)
-    find.add_argument("--forward", type=_times, metavar="T,...", help="F per layer: 0.1,0.6x3,1x58,2.5")
+    find.add_argument(
+        "--forward", type=_times, metavar="T,...", help="F per layer: 0.1,0.6x3,1x58,2.5"
+    )
     find.add_argument("--input", type=_times, metavar="T,...", help="I per layer (default: as F)")
     find.add_argument("--weight", type=_times, metavar="T,...", help="W per layer (default: as F)")
     find.add_argument("--layers", metavar="FILE", help="measured costs as JSON, instead")
@@ -123,15 +131,24 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument("-m", "--micro-batches", type=_counts, metavar="M,...", help="default: 2P,4P")
     find.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     find.add_argument("--stages-per-rank", type=_counts, default=[2], metavar="V,...")
-    find.add_argument("--memory-gb", type=float, metavar="GB", help="what a rank may hold, 10^9 bytes")
-    find.add_argument("--top", type=int, default=10, metavar="N", help="print the first N (default: 10)")
+    find.add_argument(
+        "--memory-gb", type=float, metavar="GB", help="what a rank may hold, 10^9 bytes"
+    )
+    find.add_argument(
+        "--top", type=int, default=10, metavar="N", help="print the first N (default: 10)"
+    )
     find.add_argument("--simulations", type=int, default=500, metavar="N", help="per combination")
     find.add_argument("--json", action="store_true", help="print JSON")
     _add_machine(find)
     return parser
 
 
-def _command(commands, name, summary, run):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    run: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
     command = commands.add_parser(
         name,
         help=summary,
@@ -150,18 +167,24 @@ def _add_schedule(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("-p", "--ranks", type=int, metavar="P", help="for a method")
     command.add_argument("-m", "--micro-batches", type=int, metavar="M", help="for a method")
-    command.add_argument("--stages-per-rank", type=int, metavar="V", help="for looped and interleaved")
+    command.add_argument(
+        "--stages-per-rank", type=int, metavar="V", help="for looped and interleaved"
+    )
     command.add_argument("--forward-only", action="store_true", help="for inference")
 
 
 def _add_machine(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--overlap", type=float, default=1.0, metavar="X", help="a pair's time / its halves' (default: 1)"
+        "--overlap",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="a pair's time / its halves' (default: 1)",
     )
-    command.add_argument("--latency", type=float, default=0.0, metavar="T", help="of a link (default: 0)")
     command.add_argument(
-        "--sends", choices=["asynchronous", "blocking"], default="asynchronous"
+        "--latency", type=float, default=0.0, metavar="T", help="of a link (default: 0)"
     )
+    command.add_argument("--sends", choices=["asynchronous", "blocking"], default="asynchronous")
     command.add_argument("--pairs", choices=["atomic", "early_forward"], default="atomic")
 
 
@@ -316,12 +339,7 @@ def _search(options: argparse.Namespace) -> None:
         stages = f" x{candidate.stages_per_rank}" if candidate.stages_per_rank else ""
         print(f"{place:2}. {candidate.method}{stages}, {candidate.num_micro_batches} micro-batches")
         if candidate.partition:
-            sizes = [
-                end - begin
-                for begin, end in zip(
-                    candidate.partition.bounds, candidate.partition.bounds[1:], strict=False
-                )
-            ]
+            sizes = [end - begin for begin, end in pairwise(candidate.partition.bounds)]
             print(
                 f"    {candidate.time_per_micro_batch:.4g} a micro-batch, "
                 f"{candidate.partition.makespan:.6g} a step; layers per stage {sizes}"

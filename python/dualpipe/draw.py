@@ -5,6 +5,7 @@ Pictures need matplotlib (``pip install "eplb-rs[plot]"``); text and traces need
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -108,7 +109,7 @@ def plot(
         )
     framed = [
         Rectangle((first.start, first.rank - 0.5), second.end - first.start, 1.0)
-        for first, second in zip(boxes, boxes[1:], strict=False)
+        for first, second in itertools.pairwise(boxes)
         if first.pair and second.pair and first.kind is Kind.F
     ]
     axes.add_collection(
@@ -139,7 +140,9 @@ def plot(
     for spine in axes.spines.values():
         spine.set_visible(False)
     used = {box.kind for box in boxes}
-    handles = [Patch(color=_COLOURS[kind], label=_LEGEND[kind]) for kind in _COLOURS if kind in used]
+    handles = [
+        Patch(color=_COLOURS[kind], label=_LEGEND[kind]) for kind in _COLOURS if kind in used
+    ]
     if framed:
         handles.append(Patch(facecolor="none", edgecolor="black", label="overlapped pair"))
     handles.append(Patch(color="#f4f4f4", label=f"idle {100 * timeline.bubble_ratio:.1f} %"))
@@ -264,7 +267,9 @@ def _slice(box: _Box, name: str, category: str, end: float, unit_us: float) -> d
     }
 
 
-def _arrows(boxes: list[_Box], placement: list[list[int]], unit_us: float) -> Iterator[dict[str, Any]]:
+def _arrows(
+    boxes: list[_Box], placement: list[list[int]], unit_us: float
+) -> Iterator[dict[str, Any]]:
     """From the end of what makes an activation or gradient to the start of what takes it."""
     makers = {
         (box.kind is Kind.F, box.step.copy, box.step.stage, box.step.micro_batch): box

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+from eplb_rs import _core
 
 from dualpipe.errors import ScheduleError
 from dualpipe.instruction import Instruction, Kind
-from eplb_rs import _core
 
 if TYPE_CHECKING:
     import os
@@ -155,7 +155,7 @@ class Schedule:
     they are also proved right. Two are equal if they have the same name, placement and streams.
     """
 
-    _core: _core.Schedule
+    _inner: _core.Schedule
 
     def __init__(self) -> None:
         raise TypeError("schedules come from Schedule.generate, parse, from_csv, from_json, load")
@@ -163,7 +163,7 @@ class Schedule:
     @classmethod
     def _made(cls, core: _core.Schedule, *, check: bool) -> Self:
         schedule = object.__new__(cls)
-        schedule._core = core
+        schedule._inner = core
         if check:
             schedule.verify()
         return schedule
@@ -302,37 +302,37 @@ class Schedule:
     @property
     def name(self) -> str:
         """What the schedule is called; the method, if it was generated."""
-        return self._core.name
+        return self._inner.name
 
     @property
     def num_ranks(self) -> int:
         """P."""
-        return self._core.num_ranks
+        return self._inner.num_ranks
 
     @property
     def num_stages(self) -> int:
         """S, copies not counted."""
-        return self._core.num_stages
+        return self._inner.num_stages
 
     @property
     def num_copies(self) -> int:
         """C, how many ranks each stage lives on."""
-        return self._core.num_copies
+        return self._inner.num_copies
 
     @property
     def micro_batches(self) -> tuple[int, ...]:
         """The micro-batches of each copy, `[C]`."""
-        return tuple(self._core.micro_batches)
+        return tuple(self._inner.micro_batches)
 
     @property
     def num_micro_batches(self) -> int:
         """M, of all copies together."""
-        return sum(self._core.micro_batches)
+        return sum(self._inner.micro_batches)
 
     @cached_property
     def placement(self) -> npt.NDArray[np.int64]:
         """The rank of every copy of every stage, `[C, S]`, read-only."""
-        ranks = np.array(self._core.placement, dtype=np.int64)
+        ranks = np.array(self._inner.placement, dtype=np.int64)
         ranks = ranks.reshape(self.num_copies, self.num_stages)
         ranks.flags.writeable = False
         return ranks
@@ -340,16 +340,16 @@ class Schedule:
     @property
     def has_transfers(self) -> bool:
         """Whether sends and receives are in the streams."""
-        return self._core.has_transfers
+        return self._inner.has_transfers
 
     @property
     def has_backward(self) -> bool:
         """Whether it trains; a schedule of forwards only is for inference."""
-        return self._core.has_backward
+        return self._inner.has_backward
 
     def __len__(self) -> int:
         """Instructions of all ranks."""
-        return len(self._core)
+        return len(self._inner)
 
     def instructions(self, rank: int) -> list[Instruction]:
         """The stream of one rank.
@@ -375,11 +375,12 @@ class Schedule:
 
     @cached_property
     def _arrays(self) -> tuple[npt.NDArray[Any], ...]:
-        return self._core.arrays()
+        return self._inner.arrays()
 
     @cached_property
     def _starts(self) -> list[int]:
-        return self._core.starts.tolist()
+        starts: list[int] = self._inner.starts.tolist()
+        return starts
 
     # What follows from it
 
@@ -428,7 +429,7 @@ class Schedule:
             )
         sizes = self._sizes(activation_bytes, message_bytes)
         activation, message = sizes if sizes is not None else (None, None)
-        peaks, proven, num_messages = self._core.verify(
+        peaks, proven, num_messages = self._inner.verify(
             list(transports),
             activation,
             message,
@@ -477,7 +478,7 @@ class Schedule:
             if costs.backward is None
             else per_stage(costs.backward, "backward")
         )
-        makespan, busy, bubble_ratio, peaks, spans, bounds = self._core.simulate(
+        makespan, busy, bubble_ratio, peaks, spans, bounds = self._inner.simulate(
             (per_stage(costs.forward, "forward"), backward, backward_input, backward_weight),
             _figures(costs.rank_factor, "rank_factor", (p,)),
             float(_figures(costs.overlap_factor, "overlap_factor", ())[0]),
@@ -493,11 +494,11 @@ class Schedule:
 
     def compute_only(self) -> Schedule:
         """The compute order alone: no transfers, waits or reductions."""
-        return Schedule._made(self._core.compute_only(), check=False)
+        return Schedule._made(self._inner.compute_only(), check=False)
 
     def forward_only(self) -> Schedule:
         """The forwards alone, for inference, with transfers where the schedule has them."""
-        forwards = self._core.forward_only()
+        forwards = self._inner.forward_only()
         return Schedule._made(
             forwards.place_transfers() if self.has_transfers else forwards, check=False
         )
@@ -508,13 +509,13 @@ class Schedule:
         Raises:
             ScheduleError: The compute order breaks a rule, as :meth:`verify`.
         """
-        return Schedule._made(self._core.place_transfers(), check=False)
+        return Schedule._made(self._inner.place_transfers(), check=False)
 
     # Writing it
 
     def text(self) -> str:
         """The schedule as text that a person reads and :meth:`parse` reads back."""
-        return self._core.text()
+        return self._inner.text()
 
     def to_csv(
         self,
@@ -536,7 +537,7 @@ class Schedule:
         """
         _one_of("form", form, ("compute_only", "compute_comms"))
         _one_of("dialect", dialect, ("current", "older"))
-        return self._core.to_csv(form == "compute_comms", dialect == "older", waits)
+        return self._inner.to_csv(form == "compute_comms", dialect == "older", waits)
 
     def to_json(self) -> str:
         """The schedule as JSON that :meth:`from_json` reads back."""
@@ -578,7 +579,7 @@ class Schedule:
     # As a value
 
     def __eq__(self, other: object) -> bool:
-        return self._core == other._core if isinstance(other, Schedule) else NotImplemented
+        return self._inner == other._inner if isinstance(other, Schedule) else NotImplemented
 
     def __hash__(self) -> int:
         return hash((self.name, self.num_ranks, self.num_stages, self.micro_batches, len(self)))
@@ -672,7 +673,7 @@ def _figures(
 
 def _link_figures(value: npt.ArrayLike, argument: str, p: int) -> npt.NDArray[np.float64]:
     """One figure for all links as it is; one for each, flat."""
-    single = np.ndim(value) == 0  # type: ignore[arg-type]
+    single = np.ndim(value) == 0
     return _figures(value, argument, () if single else (p, p))
 
 
@@ -697,9 +698,7 @@ def _lines_of(document: Mapping[str, Any]) -> str:
             f"copy {copy}: {count} micro-batches through ranks {' '.join(map(str, ranks))}"
             for copy, (count, ranks) in enumerate(copies)
         ),
-        *(
-            f"rank {rank}: {' '.join(stream)}" for rank, stream in enumerate(document["ranks"])
-        ),
+        *(f"rank {rank}: {' '.join(stream)}" for rank, stream in enumerate(document["ranks"])),
     ]
     return "\n".join(words)
 

@@ -1,9 +1,11 @@
 """The native module. Use the packages; this module is theirs."""
 
-from typing import Final, Self, final
+from typing import Final, Self, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
+
+__all__ = ["Placement", "Planner", "Topology", "__version__", "lower_bound"]
 
 __version__: Final[str]
 
@@ -116,21 +118,18 @@ class Planner:
         logcnt: npt.NDArray[np.int64],
     ) -> None: ...
 
-def lower_bound(
-    load: npt.NDArray[np.float32], topology: Topology
-) -> npt.NDArray[np.float64]: ...
-
+def lower_bound(load: npt.NDArray[np.float32], topology: Topology) -> npt.NDArray[np.float64]: ...
 def schedule_methods() -> list[str]: ...
 
-_Peaks = tuple[
+_Peaks: TypeAlias = tuple[
     npt.NDArray[np.int64],
     npt.NDArray[np.int64],
     npt.NDArray[np.int64],
     npt.NDArray[np.int64],
     npt.NDArray[np.uint64],
 ]
-_Times = npt.NDArray[np.float64]
-_Bytes = npt.NDArray[np.uint64]
+_Times: TypeAlias = npt.NDArray[np.float64]
+_Bytes: TypeAlias = npt.NDArray[np.uint64]
 
 @final
 class Schedule:
@@ -212,11 +211,11 @@ class Schedule:
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
 
-_Layers = tuple[tuple[_Times, _Times, _Times], tuple[_Bytes, _Bytes, _Bytes]]
-_Machine = tuple[
+_Layers: TypeAlias = tuple[tuple[_Times, _Times, _Times], tuple[_Bytes, _Bytes, _Bytes]]
+_Machine: TypeAlias = tuple[
     tuple[_Times, _Times, _Times], tuple[float, bool, bool], tuple[int | None, int]
 ]
-_Cut = tuple[list[int], float, float, bool, _Bytes, float, int, float]
+_Cut: TypeAlias = tuple[list[int], float, float, bool, _Bytes, float, int, float]
 
 def partition_layers(
     layers: _Layers,

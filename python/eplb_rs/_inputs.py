@@ -1,16 +1,19 @@
-"""What callers hand over as a load, made into what the native module takes.
+"""What callers hand over, made into what the native module takes.
 
-Letters: L layers, E logical experts.
+Letters: L layers, E logical experts, R slots.
 """
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from eplb_rs import _core
 from eplb_rs.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -32,37 +35,38 @@ def as_load(load: LoadLike, argument: str = "load") -> Load:
         InvalidInputError: ``wrong_dtype``, ``wrong_shape``, ``empty``, ``ragged`` or, for a
             tensor that holds no numbers of its own, ``unsupported_tensor``.
     """
-    if type(load) is not np.ndarray:
-        load = _as_array(load, argument)
-    if load.ndim != 2:
+    array = load if type(load) is np.ndarray else _as_array(load, argument)
+    if array.ndim != 2:
+        if array.ndim == 0 and array.dtype.kind not in _NUMBERS:
+            raise _no_array(load, argument)
         raise InvalidInputError(
             code="wrong_shape",
             argument=argument,
-            got=f"{load.ndim} dimensions, shape {load.shape}",
+            got=f"{array.ndim} dimensions, shape {array.shape}",
             expected="of 2 dimensions, [layers, experts]",
-            hint=_SHAPE_HINTS.get(load.ndim, ""),
+            hint=_SHAPE_HINTS.get(array.ndim, ""),
         )
-    if load.size == 0:
+    if array.size == 0:
         raise InvalidInputError(
             code="empty",
             argument=argument,
-            got=f"shape {load.shape}",
+            got=f"shape {array.shape}",
             expected="at least one layer of one expert",
         )
-    if load.dtype == np.float32 and load.dtype.isnative:
-        return np.ascontiguousarray(load)
-    if load.dtype.kind not in _NUMBERS:
+    if array.dtype == np.float32 and array.flags.c_contiguous and array.flags.aligned:
+        return array
+    if array.dtype.kind not in _NUMBERS:
         raise InvalidInputError(
             code="wrong_dtype",
             argument=argument,
-            got=f"dtype {load.dtype}",
+            got=f"dtype {array.dtype}",
             expected="of integers or floating-point numbers",
             hint="rows of unequal length and numbers beyond 64 bits become dtype object"
-            if load.dtype == object
+            if array.dtype == object
             else "",
         )
-    with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
-        return np.ascontiguousarray(load, dtype=np.float32)
+    with np.errstate(all="ignore"):  # what overflows becomes infinite, and is refused as such
+        return np.array(array, dtype=np.float32, order="C")
 
 
 _SHAPE_HINTS = {
@@ -90,36 +94,126 @@ def _as_array(load: Any, argument: str) -> npt.NDArray[Any]:
                 hint="fill them in first, for example with load.filled(0)",
             )
         return np.asarray(load.data)
+    return _converted(load, argument)
+
+
+def _converted(value: Any, argument: str) -> npt.NDArray[Any]:
     try:
-        return np.asarray(load)
+        return np.asarray(value)
     except Exception as error:  # whatever an object's own conversion raises
-        raise InvalidInputError(
-            code="ragged" if "inhomogeneous" in str(error) else "wrong_type",
-            argument=argument,
-            got=f"{type(load).__name__}: {error}",
-            expected="an array, a tensor or a list of equally long rows, [layers, experts]",
-        ) from error
+        raise _no_array(value, argument, error) from error
+
+
+def _no_array(value: object, argument: str, error: Exception | None = None) -> InvalidInputError:
+    return InvalidInputError(
+        code="ragged" if "inhomogeneous" in str(error) else "wrong_type",
+        argument=argument,
+        got=type(value).__name__ if error is None else f"{type(value).__name__}: {_reason(error)}",
+        expected="an array, a tensor or a list of equally long rows",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, or its name where it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _from_tensor(tensor: torch.Tensor, argument: str) -> npt.NDArray[Any]:
     import torch
 
-    if tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise InvalidInputError(
-            code="wrong_dtype",
-            argument=argument,
-            got=f"dtype {tensor.dtype}",
-            expected="of integers or floating-point numbers",
-        )
+    form = type(tensor).__name__
     try:
+        form = f"{tensor.dtype} tensor on {tensor.device}"
+        numbers = not (tensor.dtype.is_complex or tensor.dtype == torch.bool)
         plain = tensor.detach()
         if plain.layout != torch.strided:
             plain = plain.to_dense()
-        return plain.to(device="cpu", dtype=torch.float32).contiguous().numpy()
+        if numbers:
+            plain = plain.to(device="cpu", dtype=torch.float32).resolve_neg().contiguous()
+            return plain.numpy()
     except Exception as error:  # tensors without storage, of packed dtypes, under tracing
         raise InvalidInputError(
             code="unsupported_tensor",
             argument=argument,
-            got=f"{tensor.dtype} tensor on {tensor.device}: {str(error).splitlines()[0]}",
+            got=f"{form}: {_reason(error)}",
             expected="a tensor whose values can be copied to the CPU as float32",
         ) from error
+    raise InvalidInputError(
+        code="wrong_dtype",
+        argument=argument,
+        got=f"dtype {tensor.dtype}",
+        expected="of integers or floating-point numbers",
+    )
+
+
+def as_topology(topology: object) -> _core.Topology:
+    """A topology.
+
+    Raises:
+        InvalidInputError: ``wrong_type``.
+    """
+    if not isinstance(topology, _core.Topology):
+        raise InvalidInputError(
+            code="wrong_type",
+            argument="topology",
+            got=type(topology).__name__,
+            expected="an eplb_rs.Topology",
+            hint="eplb_rs.Topology(num_nodes, gpus_per_node, slots_per_gpu)",
+        )
+    return topology
+
+
+def as_count(value: object, argument: str, least: int = 1) -> int:
+    """A whole number of at least ``least``, taken as the native module takes counts.
+
+    Raises:
+        InvalidInputError: ``not_integer``, ``not_positive``, ``negative`` or ``too_large``.
+    """
+    count = None
+    if not isinstance(value, bool):
+        with contextlib.suppress(Exception):  # whatever an object's own conversion raises
+            count = operator.index(value)  # type: ignore[arg-type]
+    if count is not None and least <= count <= sys.maxsize:
+        return count
+    if count is None:
+        code = "not_integer"
+    elif count > sys.maxsize:
+        code = "too_large"
+    else:
+        code = "not_positive" if least else "negative"
+    try:
+        got = repr(value)[:100]
+    except Exception:  # whatever an object's own raises
+        got = type(value).__name__
+    expected = f"a whole number of at least {least}"
+    raise InvalidInputError(code=code, argument=argument, got=got, expected=expected)
+
+
+def as_slots(phy2log: npt.ArrayLike, shape: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """A map `[L, R]` as C-contiguous int64. Its content is checked by the native module.
+
+    Raises:
+        InvalidInputError: ``wrong_type``, ``ragged``, ``masked``, ``wrong_dtype`` or
+            ``wrong_shape``.
+    """
+    if is_tensor(phy2log):
+        with contextlib.suppress(Exception):  # NumPy's own attempt says what is wrong
+            phy2log = phy2log.detach().cpu()  # type: ignore[union-attr]
+        array = _converted(phy2log, "phy2log")
+    else:
+        array = _as_array(phy2log, "phy2log")
+    if array.dtype.kind not in "iu":
+        raise InvalidInputError(
+            code="wrong_dtype",
+            argument="phy2log",
+            got=f"dtype {array.dtype}",
+            expected="of integers",
+        )
+    if array.shape != shape:
+        raise InvalidInputError(
+            code="wrong_shape",
+            argument="phy2log",
+            got=f"shape {array.shape}",
+            expected=f"of shape {shape}, the layers of the load by the slots of the topology",
+        )
+    return np.array(array, dtype=np.int64, order="C")

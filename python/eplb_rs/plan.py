@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import as_load
+from eplb_rs._inputs import as_count, as_load, as_slots, as_topology
 from eplb_rs.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -59,9 +60,16 @@ class Plan:
         layer_ids: Sequence[int] | None,
     ) -> Self:
         """A plan of parts that fit; the load is copied, since its owner may change it."""
+        if not isinstance(policy, str):
+            raise InvalidInputError(
+                code="wrong_type",
+                argument="policy",
+                got=type(policy).__name__,
+                expected="a name",
+            )
         plan = object.__new__(cls)
         plan._placement = placement
-        plan._expert_load = expert_load.copy()
+        plan._expert_load = expert_load + np.float32(0)  # a copy in which -0.0, too, is 0.0
         plan._expert_load.flags.writeable = False
         plan._num_groups = num_groups
         plan._policy = policy
@@ -90,13 +98,17 @@ class Plan:
             layer_ids: The number of each layer in the model, `[L]`; by default from 0.
 
         Raises:
-            InvalidInputError: ``wrong_dtype`` or ``wrong_shape`` for ``phy2log``,
-                ``out_of_range`` for an expert that does not exist, ``too_small`` for one without
-                a slot; for the load as :meth:`Planner.plan`.
+            InvalidInputError: ``wrong_type``, ``ragged``, ``masked``, ``wrong_dtype`` or
+                ``wrong_shape`` for ``phy2log``, ``out_of_range`` for an expert that does not
+                exist, ``too_small`` for one without a slot; ``wrong_type`` for the topology;
+                ``not_multiple`` if experts do not divide into groups; for the load and the
+                layers as :meth:`Planner.plan`.
         """
         expert_load = as_load(load)
-        slots = _as_slots(phy2log, topology, len(expert_load))
-        placement = _core.Placement(topology, expert_load.shape[1], slots.ravel())
+        num_layers, num_experts = expert_load.shape
+        slots = as_slots(phy2log, (num_layers, as_topology(topology).num_slots))
+        num_groups = _checked_groups(num_groups, num_experts)
+        placement = _core.Placement(topology, num_experts, slots.ravel())
         placement.rank_load(expert_load)  # refuses what is no load
         return cls._made(placement, expert_load, num_groups, policy, layer_ids)
 
@@ -164,8 +176,9 @@ class Plan:
     def balance(self) -> float:
         """Sum over layers of the mean rank load / sum over layers of the largest; 1 is perfect,
         and what an all-zero load has."""
-        largest = float(self.rank_load.max(axis=1).sum())
-        return float(self.rank_load.mean(axis=1).sum()) / largest if largest > 0 else 1.0
+        mean, largest = self._mean_and_largest
+        total = float(largest.sum())
+        return float(mean.sum()) / total if total > 0 else 1.0
 
     @property
     def imbalance(self) -> float:
@@ -175,10 +188,15 @@ class Plan:
     @cached_property
     def layer_imbalance(self) -> npt.NDArray[np.float64]:
         """`[L]` float64, largest over mean rank load of each layer; 1 for a layer without load."""
-        mean = self.rank_load.mean(axis=1)
-        largest = self.rank_load.max(axis=1)
+        mean, largest = self._mean_and_largest
         ones = np.ones(self.num_layers)
         return _read_only(np.divide(largest, mean, out=ones, where=mean > 0))
+
+    @cached_property
+    def _mean_and_largest(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """`[L]` each, of the rank loads; rounding does not put a mean above its largest."""
+        largest = self.rank_load.max(axis=1)
+        return np.minimum(self.rank_load.mean(axis=1), largest), largest
 
     @cached_property
     def lower_bound(self) -> npt.NDArray[np.float64]:
@@ -245,9 +263,12 @@ class Plan:
         """The plan in a text that :meth:`to_json` wrote.
 
         Raises:
-            InvalidInputError: ``not_json``, ``wrong_format`` for JSON that is no plan, or what
-                :meth:`from_phy2log` says of its content; ``inconsistent`` if its maps disagree.
+            InvalidInputError: ``wrong_type``, ``not_json``, ``wrong_format`` for JSON that is no
+                plan, or what :meth:`from_phy2log` says of its content; ``inconsistent`` if its
+                maps disagree.
         """
+        if not isinstance(text, str | bytes):
+            raise _not_a_plan("wrong_type", type(text).__name__, "text", argument="text")
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -259,19 +280,22 @@ class Plan:
         try:
             topology = _core.Topology(**fields["topology"])
             expert_load = as_load(fields["expert_load"], "expert_load")
-            slots = _as_slots(fields["phy2log"], topology, len(expert_load))
-            log2phy, logcnt = _padded(fields["log2phy"])
-            num_groups, policy = int(fields["num_groups"]), str(fields["policy"])
-            layer_ids = fields["layer_ids"]
+            num_layers, num_experts = expert_load.shape
+            slots = as_slots(fields["phy2log"], (num_layers, topology.num_slots))
+            log2phy, logcnt = _padded(fields["log2phy"], expert_load.shape, topology.num_slots)
+            num_groups = _checked_groups(fields["num_groups"], num_experts)
+            policy, layer_ids = fields["policy"], fields["layer_ids"]
         except InvalidInputError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise _not_a_plan("wrong_format", f"a field that does not fit: {error!r}") from None
-        num_experts = expert_load.shape[1]
         placement = _core.Placement(
             topology, num_experts, slots.ravel(), log2phy.ravel(), logcnt.ravel()
         )
-        placement.rank_load(expert_load)  # refuses what is no load
+        try:
+            placement.rank_load(expert_load)  # refuses what is no load
+        except InvalidInputError as error:
+            raise error.renamed("expert_load") from None
         return cls._made(placement, expert_load, num_groups, policy, layer_ids)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -283,14 +307,18 @@ class Plan:
         """The plan in a file that :meth:`save` wrote.
 
         Raises:
-            InvalidInputError: ``missing_file`` or ``unreadable_file``, else as :meth:`from_json`.
+            InvalidInputError: ``wrong_type``, ``missing_file`` or ``unreadable_file``, else as
+                :meth:`from_json`.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except FileNotFoundError:
             raise _not_a_plan("missing_file", str(path), "a file that exists") from None
-        except (OSError, UnicodeDecodeError) as error:
-            got = f"{path}: {error}"
+        except TypeError:
+            got = type(path).__name__
+            raise _not_a_plan("wrong_type", got, "the path of a file", argument="path") from None
+        except (OSError, ValueError) as error:
+            got = f"{path!r}: {error}"
             raise _not_a_plan("unreadable_file", got, "a JSON file in UTF-8") from None
         return cls.from_json(text)
 
@@ -355,60 +383,59 @@ def _checked_layer_ids(layer_ids: Sequence[int] | None, num_layers: int) -> tupl
     if layer_ids is None:
         return tuple(range(num_layers))
     try:
-        ids = tuple(int(layer) for layer in layer_ids)
-    except (TypeError, ValueError):
-        ids = ()
-    if len(ids) != num_layers:
-        raise InvalidInputError(
-            code="wrong_shape",
-            argument="layer_ids",
-            got=repr(layer_ids),
-            expected=f"{num_layers} whole numbers, one per layer",
-        )
-    return ids
+        ids = list(islice(layer_ids, num_layers + 1))
+    except TypeError:
+        got, code = type(layer_ids).__name__, "wrong_type"
+    else:
+        if len(ids) == num_layers:
+            return tuple(as_count(layer, "layer_ids", least=0) for layer in ids)
+        got = f"{len(ids)} numbers" if len(ids) <= num_layers else "more numbers"
+        code = "wrong_shape"
+    expected = f"{num_layers} whole numbers, one per layer"
+    raise InvalidInputError(code=code, argument="layer_ids", got=got, expected=expected)
 
 
-def _as_slots(
-    phy2log: npt.ArrayLike, topology: _core.Topology, num_layers: int
-) -> npt.NDArray[np.int64]:
-    """`phy2log` as int64 `[L, R]`; its content is checked by the native module."""
-    try:
-        array = np.asarray(phy2log)
-    except ValueError as error:
+def _checked_groups(num_groups: object, num_experts: int) -> int:
+    groups = as_count(num_groups, "num_groups")
+    if num_experts % groups:
         raise InvalidInputError(
-            code="ragged",
-            argument="phy2log",
-            got=str(error),
-            expected="rows of equal length, [layers, slots]",
-        ) from None
-    if array.dtype.kind not in "iu":
-        raise InvalidInputError(
-            code="wrong_dtype",
-            argument="phy2log",
-            got=f"dtype {array.dtype}",
-            expected="of integers",
+            code="not_multiple",
+            argument="num_experts",
+            got=str(num_experts),
+            expected=f"a multiple of `num_groups` ({groups})",
         )
-    if array.shape != (num_layers, topology.num_slots):
-        raise InvalidInputError(
-            code="wrong_shape",
-            argument="phy2log",
-            got=f"shape {array.shape}",
-            expected=f"of shape {(num_layers, topology.num_slots)}, "
-            "the layers of the load by the slots of the topology",
-        )
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return groups
 
 
 def _padded(
-    slots: list[list[list[int]]],
+    slots: list[list[list[int]]], shape: tuple[int, int], num_slots: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """`log2phy` and `logcnt` from the slots of each expert, without padding."""
-    counts = np.array([[len(row) for row in layer] for layer in slots], dtype=np.int64)
-    if counts.ndim != 2 or counts.size == 0:
-        raise ValueError("log2phy has layers of different length")
-    log2phy = np.full((*counts.shape, max(int(counts.max()), 1)), -1, dtype=np.int64)
-    used = np.arange(log2phy.shape[2]) < counts[..., None]
-    log2phy[used] = [slot for layer in slots for row in layer for slot in row]
+    """`log2phy` and `logcnt` from the slots of each expert, without padding.
+
+    All that decides how much memory this takes is checked first.
+    """
+    rows = [[len(row) for row in layer] for layer in slots]
+    if (len(rows), {len(row) for row in rows}) != (shape[0], {shape[1]}):
+        raise InvalidInputError(
+            code="wrong_shape",
+            argument="log2phy",
+            got=f"{len(rows)} layers of {sorted({len(row) for row in rows})} experts",
+            expected=f"{shape[0]} layers of {shape[1]} experts, as the load has",
+        )
+    counts = np.array(rows, dtype=np.int64)
+    for layer in np.flatnonzero((counts.sum(axis=1) != num_slots) | (counts.min(axis=1) == 0)):
+        raise InvalidInputError(
+            code="inconsistent",
+            argument="log2phy",
+            got=f"{counts[layer].sum()} slots, at least {counts[layer].min()} an expert, at "
+            f"layer {layer}",
+            expected=f"the {num_slots} slots of the topology, at least 1 an expert",
+        )
+    listed = np.array([slot for layer in slots for row in layer for slot in row])
+    if listed.dtype.kind not in "iu":
+        raise ValueError("log2phy holds what is no slot")
+    log2phy = np.full((*shape, counts.max()), -1, dtype=np.int64)
+    log2phy[np.arange(log2phy.shape[2]) < counts[..., None]] = listed
     return log2phy, counts
 
 
@@ -429,6 +456,6 @@ def _field(name: str, value: Any) -> str:
 
 
 def _not_a_plan(
-    code: str, got: str, expected: str = "a plan that Plan.save wrote"
+    code: str, got: str, expected: str = "a plan that Plan.save wrote", argument: str = "plan"
 ) -> InvalidInputError:
-    return InvalidInputError(code=code, argument="plan", got=got, expected=expected)
+    return InvalidInputError(code=code, argument=argument, got=got, expected=expected)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import as_load
+from eplb_rs._inputs import as_count, as_load, as_topology
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.plan import Plan
 
@@ -74,7 +74,8 @@ class Planner:
 
     Raises:
         InvalidInputError: ``not_positive``, ``not_integer``, ``too_large`` for a count,
-            ``unknown`` for a policy, ``wrong_type`` for the topology.
+            ``unknown`` for a policy, ``wrong_type`` for the topology, the policy or
+            ``release_gil``.
 
     Example:
         >>> import eplb_rs
@@ -96,20 +97,13 @@ class Planner:
         *,
         release_gil: bool | None = None,
     ) -> None:
-        if not isinstance(topology, _core.Topology):
-            raise InvalidInputError(
-                code="wrong_type",
-                argument="topology",
-                got=repr(topology),
-                expected="an eplb_rs.Topology",
-                hint="eplb_rs.Topology(num_nodes, gpus_per_node, slots_per_gpu)",
-            )
         if not isinstance(policy, str):
-            raise InvalidInputError(
-                code="wrong_type", argument="policy", got=repr(policy), expected="a string"
-            )
+            raise _wrong_type("policy", policy, "a string")
+        if not isinstance(release_gil, bool | np.bool | None):
+            raise _wrong_type("release_gil", release_gil, "True, False or None")
+        known = policy.encode(errors="replace").decode()  # lone surrogates have no UTF-8
         release = None if release_gil is None else bool(release_gil)
-        self._core = _core.Planner(topology, num_groups, policy, threads, release)
+        self._core = _core.Planner(as_topology(topology), num_groups, known, threads, release)
 
     @property
     def topology(self) -> _core.Topology:
@@ -156,7 +150,8 @@ class Planner:
         Raises:
             InvalidInputError: For the load, see :func:`eplb_rs.rebalance_experts`;
                 ``too_small`` if there are fewer slots than experts, ``not_multiple`` if experts
-                do not divide into groups.
+                do not divide into groups; ``wrong_type``, ``wrong_shape``, ``not_integer`` or
+                ``negative`` for ``layer_ids``.
 
         Cost: O(L R log R): see ``benches/results``.
         """
@@ -177,10 +172,12 @@ class Planner:
                 memory, say).
 
         Raises:
-            InvalidInputError: As :meth:`plan`; ``wrong_dtype``, ``wrong_shape``, ``too_small``,
-                ``read_only``, ``not_contiguous`` or ``in_use`` for a buffer. The buffers are then
-                as they were.
+            InvalidInputError: As :meth:`plan`; ``wrong_type``, ``wrong_dtype``, ``wrong_shape``,
+                ``too_small``, ``read_only``, ``not_contiguous`` or ``in_use`` for a buffer. The
+                buffers are then as they were.
         """
+        if not isinstance(out, PlanBuffers):
+            raise _wrong_type("out", out, "an eplb_rs.PlanBuffers", "Planner.allocate makes them")
         self._core.plan_into(as_load(load), out.phy2log, out.log2phy, out.logcnt)
 
     def allocate(
@@ -194,16 +191,40 @@ class Planner:
             max_replicas: How wide ``log2phy`` is. By default as wide as it can ever need to be,
                 `R - E + 1`; narrower is faster to fill, and a plan that does not fit is refused.
                 0 leaves ``log2phy`` out.
+
+        Raises:
+            InvalidInputError: ``not_integer``, ``not_positive``, ``negative`` or ``too_large`` for a
+                size.
         """
         num_slots = self._core.topology.num_slots
-        widest = max(num_slots - num_experts + 1, 1)
-        width = widest if max_replicas is None else max_replicas
-        shape: Any = (num_layers, num_experts)
-        return PlanBuffers(
-            phy2log=np.zeros((num_layers, num_slots), dtype=np.int64),
-            log2phy=np.full((*shape, width), -1, dtype=np.int64) if width else None,
-            logcnt=np.zeros(shape, dtype=np.int64),
-        )
+        num_layers = as_count(num_layers, "num_layers")
+        num_experts = as_count(num_experts, "num_experts")
+        if num_experts > num_slots:
+            raise InvalidInputError(
+                code="too_large",
+                argument="num_experts",
+                got=str(num_experts),
+                expected=f"at most the number of slots ({num_slots})",
+            )
+        width = num_slots - num_experts + 1
+        if max_replicas is not None:
+            width = as_count(max_replicas, "max_replicas", least=0)
+        try:
+            return PlanBuffers(
+                phy2log=np.zeros((num_layers, num_slots), dtype=np.int64),
+                log2phy=np.full((num_layers, num_experts, width), -1, dtype=np.int64)
+                if width
+                else None,
+                logcnt=np.zeros((num_layers, num_experts), dtype=np.int64),
+            )
+        except (MemoryError, ValueError) as error:
+            raise InvalidInputError(
+                code="too_large",
+                argument="num_layers",
+                got=str(num_layers),
+                expected=f"small enough for buffers of {num_slots} slots and {num_experts} x "
+                f"{width} values a layer to fit in memory",
+            ) from error
 
     def __repr__(self) -> str:
         return (
@@ -224,3 +245,13 @@ def _rebuild(
     release_gil: bool | None,
 ) -> Planner:
     return Planner(topology, num_groups, policy, threads, release_gil=release_gil)
+
+
+def _wrong_type(argument: str, got: object, expected: str, hint: str = "") -> InvalidInputError:
+    return InvalidInputError(
+        code="wrong_type",
+        argument=argument,
+        got=type(got).__name__,
+        expected=expected,
+        hint=hint,
+    )

@@ -8,7 +8,6 @@ import random
 
 import numpy as np
 import pytest
-
 from dualpipe import Costs, Layers, Machine, Schedule, ScheduleError, partition, search
 
 DEEPSEEK = [0.1] + [0.6] * 3 + [1.0] * 58 + [2.5]
@@ -16,7 +15,10 @@ DEEPSEEK = [0.1] + [0.6] * 3 + [1.0] * 58 + [2.5]
 
 
 def makespan(
-    schedule: Schedule, times: list[float], bounds: tuple[int, ...], ranks: list[float] | float = 1.0
+    schedule: Schedule,
+    times: list[float],
+    bounds: tuple[int, ...],
+    ranks: list[float] | float = 1.0,
 ) -> float:
     stages = [sum(times[a:b]) for a, b in itertools.pairwise(bounds)]
     costs = Costs(forward=stages, backward_input=stages, backward_weight=stages, rank_factor=ranks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from dualpipe import METHODS, DeadlockError, Schedule, ScheduleError
 
 EXPRESSIBLE = [method for method in METHODS if method not in {"chimera", "dualpipe"}]

@@ -10,12 +10,11 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from dualpipe import METHODS, Costs, DeadlockError, Kind, Schedule, ScheduleError
 from dualpipe.cli import main
 from dualpipe.draw import grid
+from hypothesis import given
+from hypothesis import strategies as st
 
 sizes = st.tuples(st.sampled_from(METHODS), st.integers(1, 4), st.integers(1, 9), st.booleans())
 
@@ -33,7 +32,9 @@ def test_round_trips(size: tuple[str, int, int, bool], transfers: bool) -> None:
     copy = pickle.loads(pickle.dumps(schedule))
     assert copy == schedule
     assert hash(copy) == hash(schedule)
-    words = [str(step) for rank in range(schedule.num_ranks) for step in schedule.instructions(rank)]
+    words = [
+        str(step) for rank in range(schedule.num_ranks) for step in schedule.instructions(rank)
+    ]
     lines = schedule.text().splitlines()[-schedule.num_ranks :]
     assert words == [word for line in lines for word in line.partition(":")[2].split()]
 
@@ -229,7 +230,9 @@ def test_files(tmp_path, suffix: str) -> None:
 
 def test_deadlocks_pickle() -> None:
     # Both ranks wait for what the other one sends only after that.
-    text = GOOD.replace("rank 0: 0F0 0f0>", "rank 0: <0b0 0F0 0f0>").replace("0F1 0f1> <0b0", "0F1 0f1>")
+    text = GOOD.replace("rank 0: 0F0 0f0>", "rank 0: <0b0 0F0 0f0>").replace(
+        "0F1 0f1> <0b0", "0F1 0f1>"
+    )
     with pytest.raises(DeadlockError) as caught:
         Schedule.parse(text)
     copy = pickle.loads(pickle.dumps(caught.value))
@@ -257,7 +260,9 @@ def test_pictures(tmp_path, suffix: str) -> None:
     assert path.stat().st_size > 5_000
     axes = figure.axes[0]
     # 16 computations of a kind a rank at most; one number for each of all of them.
-    assert len(axes.texts) == sum(len(collection.get_paths()) for collection in axes.collections[:4])
+    assert len(axes.texts) == sum(
+        len(collection.get_paths()) for collection in axes.collections[:4]
+    )
     with pytest.raises(ScheduleError):
         Schedule.generate("1f1b", 2, 2).plot(tmp_path / "picture.doc")
 
@@ -285,7 +290,11 @@ def test_perfetto(tmp_path) -> None:
         (["show", "dualpipe", "-p", "4", "-m", "8"], 0, "makespan 26"),
         (["show", "zbv", "-p", "2", "-m", "3", "--text"], 0, "rank 1: <1f0"),
         (["simulate", "dualpipev", "-p", "8", "-m", "16"], 0, "makespan 110"),
-        (["simulate", "zb_h1", "-p", "2", "-m", "3", "--forward", "1,2", "--json"], 0, "bubble_ratio"),
+        (
+            ["simulate", "zb_h1", "-p", "2", "-m", "3", "--forward", "1,2", "--json"],
+            0,
+            "bubble_ratio",
+        ),
         (["verify", "1f1b", "-p", "4", "-m", "8"], 0, "right"),
         (["verify", "1f1b", "-p", "4", "-m", "8", "--max-activations", "3"], 1, "memory"),
         (["export", "zbv", "-p", "2", "-m", "3", "--format", "csv"], 0, "0F0,0F1,0F2,3F0"),

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-
 from dualpipe import Costs, Schedule
 
 RANKS = range(2, 33, 2)
@@ -62,7 +61,11 @@ def test_v_schedules_trade_memory_for_bubble(p: int) -> None:
     assert bubble("v_half", p, m) <= reference / 2
     assert bubble("v_min", p, m) <= reference * 2 / 3
     assert bubble("zbv", p, m) == p - 1
-    for method, activations in {"v_half": p + 2, "v_min": math.ceil(2 * p / 3) + 2, "zbv": 2 * p}.items():
+    for method, activations in {
+        "v_half": p + 2,
+        "v_min": math.ceil(2 * p / 3) + 2,
+        "zbv": 2 * p,
+    }.items():
         peaks = Schedule.generate(method, p, m).verify().peaks
         assert peaks.activations.max() <= activations
 
@@ -127,9 +130,7 @@ def test_where_dualpipev_starts_to_win(latency: float, crossings: dict[int, floa
 def test_uneven_first_and_last_stage(latency: float, published: dict[str, float]) -> None:
     times = np.ones(16)
     times[[0, -1]] = 1.3
-    costs = Costs(
-        forward=times, backward_input=times, backward_weight=times, latency=latency
-    )
+    costs = Costs(forward=times, backward_input=times, backward_weight=times, latency=latency)
     for method, expected in published.items():
         order = Schedule.generate(method, 8, 32).compute_only()
         assert order.simulate(costs).makespan == pytest.approx(expected, abs=0.0501)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from dualpipe import Instruction, Kind, Schedule
 
 DATA = Path(__file__).parents[1] / "data" / "dualpipe"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-
 from dualpipe import METHODS, Schedule
 
 TAKES_STAGES = {"looped_bfs", "interleaved_1f1b", "interleaved_zero_bubble"}

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from dualpipe import METHODS, Schedule
 
 pytest.importorskip("torch")
@@ -36,7 +35,14 @@ def test_runs_in_torch(tmp_path: Path) -> None:
                 (folder / name).write_bytes(text.encode())
     workers = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(WORLD), str(tmp_path / "store"), str(folder)],
+            [
+                sys.executable,
+                str(WORKER),
+                str(rank),
+                str(WORLD),
+                str(tmp_path / "store"),
+                str(folder),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

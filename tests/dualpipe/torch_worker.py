@@ -28,10 +28,9 @@ def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def sequential(stages: list[nn.Module], x: torch.Tensor, y: torch.Tensor, m: int) -> list[float]:
     losses = []
+    whole = nn.Sequential(*stages)
     for inputs, target in zip(x.chunk(m), y.chunk(m), strict=True):
-        for stage in stages:
-            inputs = stage(inputs)
-        loss = loss_of(inputs, target)
+        loss = loss_of(whole(inputs), target)
         loss.backward()
         losses.append(loss.item())
     return losses
@@ -83,7 +82,7 @@ def main() -> None:
         run(path, rank)
         dist.barrier()
         if rank == 0:
-            print(path.stem, flush=True)
+            sys.stdout.write(f"{path.stem}\n")
     dist.destroy_process_group()
 
 

@@ -13,21 +13,24 @@
 //!
 //! Where groups do not divide over nodes, all is one group on one node: the global policy.
 //!
-//! Only the first few experts of the sorted list ever get replicas, since the largest load per
-//! replica is either the first one not replicated yet or one replicated before. So each node's
-//! list is sorted once; the replicas of its head are sorted apart and put between the rest.
+//! Layers are independent and nodes alike, so eight layers run in step, one in each
+//! [lane](crate::lanes).
 
 use multiversion::multiversion;
 
+use std::collections::BinaryHeap;
+
 use crate::error::{Result, require_multiple};
-use crate::order::{self, index_of, key, load_of, sort_keys};
-use crate::pack::{self, Place, pack};
+use crate::lanes::{LANES, Row, TAG, key, tag, value};
+use crate::order::{self, sort_descending};
+use crate::pack::{self, Places, pack};
 use crate::placement::Replica;
 use crate::planner::check_slots;
 use crate::topology::Topology;
 
-/// How many nodes' replicas are packed side by side.
-const ABREAST: usize = 4;
+/// The most comparisons, experts times spare slots, by which a node's spare slots are given away
+/// in passes over all experts; above it a heap is faster.
+const PASS_LIMIT: usize = 1 << 17;
 
 /// The sizes of the problem of one node; all nodes of all layers have the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,45 +80,11 @@ pub(crate) fn is_hierarchical(topology: &Topology, num_groups: usize) -> bool {
 /// Scratch of the policy, kept between calls: nothing is allocated once it is warm.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
+    groups: Groups,
+    node: Node,
+    places: Vec<Places>,
     order: order::Scratch,
     pack: pack::Scratch,
-    groups: Groups,
-    nodes: [Node; ABREAST],
-}
-
-/// The packing of one layer's groups onto nodes.
-#[derive(Debug, Default)]
-struct Groups {
-    loads: Vec<f32>,
-    keys: Vec<u64>,
-    sorted: Vec<f32>,
-    places: Vec<Place>,
-    /// The groups, node by node, in the order in which they were packed.
-    by_node: Vec<u32>,
-}
-
-/// One node's problem, and its answer. An expert goes by its place in the node's list; a replica
-/// by its item number: the list's experts first, then their further replicas as they were made.
-#[derive(Debug, Default)]
-struct Node {
-    /// The list: experts, their loads and how many replicas they have.
-    experts: Vec<u32>,
-    loads: Vec<f32>,
-    counts: Vec<u32>,
-    /// The list, heaviest first.
-    keys: Vec<u64>,
-    /// The experts with further replicas by load per replica, largest last.
-    head: Vec<u64>,
-    /// The further replicas, in the order in which they were made.
-    extras: Vec<Replica>,
-    /// All replicas of the head by load, heaviest first.
-    head_items: Vec<u64>,
-    /// How many replicas of the head come just before each expert of the rest.
-    inserted: Vec<u32>,
-    /// All replicas in packing order, their loads, and where they went.
-    replicas: Vec<Replica>,
-    shares: Vec<f32>,
-    places: Vec<Place>,
 }
 
 /// Plans layers: `[layers, num_experts]` loads to `[layers, num_slots]` replicas by slot.
@@ -129,226 +98,254 @@ pub(crate) fn plan_layers(
     replicas: &mut [Replica],
     scratch: &mut Scratch,
 ) {
-    let mut layers = loads.chunks_exact(shape.num_experts);
-    let mut layer: &[f32] = &[];
-    let mut slots = replicas.chunks_exact_mut(shape.node_slots());
-    let num_problems = slots.len();
-    let Scratch {
-        order,
-        pack,
-        groups,
-        nodes,
-    } = scratch;
-    let mut problem = 0;
-    while problem < num_problems {
-        let abreast = ABREAST.min(num_problems - problem);
-        for node in &mut nodes[..abreast] {
-            let index = problem % shape.num_nodes;
-            if index == 0 {
-                layer = layers.next().unwrap_or_default();
-                groups.pack_onto_nodes(shape, layer, order, pack);
-            }
-            node.list_experts(shape, layer, groups.of(shape, index));
-            node.replicate(shape, order);
+    let num_slots = shape.node_slots() * shape.num_nodes;
+    let blocks = loads
+        .chunks(LANES * shape.num_experts)
+        .zip(replicas.chunks_mut(LANES * num_slots));
+    for (loads, replicas) in blocks {
+        let mut layers = [&loads[..shape.num_experts]; LANES];
+        for (lane, layer) in layers.iter_mut().zip(loads.chunks_exact(shape.num_experts)) {
+            *lane = layer;
+        }
+        let Scratch {
+            groups,
+            node,
+            places,
+            order: keys,
+            pack: packs,
+        } = scratch;
+        groups.pack_onto_nodes(shape, &layers, places, keys, packs);
+        for index in 0..shape.num_nodes {
+            node.list_experts(shape, &layers, groups.of(shape, index));
+            node.replicate(shape.node_slots());
             if shape.slots_per_gpu == 1 {
-                node.place_in_turn();
+                place_in_turn(shape.node_slots(), places);
             } else {
-                node.arrange_by_load();
+                sort_descending(&mut node.shares, keys);
+                pack(
+                    &node.shares,
+                    shape.num_gpus,
+                    shape.slots_per_gpu,
+                    places,
+                    packs,
+                );
             }
-            problem += 1;
-        }
-        if shape.slots_per_gpu > 1 {
-            if let Ok(nodes) = <&mut [Node; ABREAST]>::try_from(&mut nodes[..abreast]) {
-                pack_onto_ranks(shape, nodes, pack);
-            } else {
-                for node in &mut nodes[..abreast] {
-                    pack_onto_ranks(shape, std::array::from_mut(node), pack);
-                }
+            let first = index * shape.node_slots();
+            for (lane, layer) in replicas.chunks_exact_mut(num_slots).enumerate() {
+                let slots = &mut layer[first..first + shape.node_slots()];
+                node.write_slots(lane, places, slots);
             }
-        }
-        for (node, slots) in nodes[..abreast].iter().zip(&mut slots) {
-            node.write_slots(shape, slots);
         }
     }
 }
 
-#[inline(always)]
-fn pack_onto_ranks<const K: usize>(
-    shape: &Shape,
-    nodes: &mut [Node; K],
-    scratch: &mut pack::Scratch,
-) {
-    let mut items: [&[f32]; K] = [&[]; K];
-    let mut places: [&mut [Place]; K] = std::array::from_fn(|_| Default::default());
-    for ((node, items), places) in nodes.iter_mut().zip(&mut items).zip(&mut places) {
-        *items = &node.shares;
-        *places = &mut node.places;
-    }
-    pack(items, shape.num_gpus, shape.slots_per_gpu, places, scratch);
+/// The packing of groups onto nodes.
+#[derive(Debug, Default)]
+struct Groups {
+    loads: Vec<Row>,
+    /// The groups, node by node, in the order in which they were packed.
+    by_node: Vec<[u32; LANES]>,
 }
 
 impl Groups {
-    /// Sums the layer's load by group and packs the groups onto nodes.
+    /// Sums the layers' loads by group and packs the groups onto nodes.
     #[inline(always)]
     fn pack_onto_nodes(
         &mut self,
         shape: &Shape,
-        layer: &[f32],
-        order: &mut order::Scratch,
-        scratch: &mut pack::Scratch,
+        layers: &[&[f32]; LANES],
+        places: &mut Vec<Places>,
+        keys: &mut order::Scratch,
+        packs: &mut pack::Scratch,
     ) {
         let num_groups = shape.num_groups;
         let per_node = num_groups / shape.num_nodes;
+        self.by_node.clear();
         if per_node == 1 {
-            self.by_node.clear();
-            self.by_node.extend(0..num_groups as u32);
+            self.by_node
+                .extend((0..num_groups as u32).map(|group| [group; LANES]));
             return;
         }
         let size = shape.num_experts / num_groups;
         self.loads.clear();
-        self.loads.resize(num_groups, 0.0);
-        for expert in 0..size {
-            for (group, sum) in self.loads.iter_mut().enumerate() {
-                *sum += layer[group * size + expert];
+        self.loads.extend((0..num_groups).map(|group| {
+            let mut sums = [0.0f32; LANES];
+            for expert in group * size..(group + 1) * size {
+                for (sum, layer) in sums.iter_mut().zip(layers) {
+                    *sum += layer[expert];
+                }
             }
-        }
-        self.keys.resize(num_groups, 0);
-        sort_keys(&self.loads, &mut self.keys, order);
-        self.sorted.clear();
-        self.sorted
-            .extend(self.keys.iter().map(|&key| load_of(key)));
-        self.places.resize(num_groups, Place::default());
-        let places = [&mut self.places[..]];
-        pack([&self.sorted], shape.num_nodes, per_node, places, scratch);
-        self.by_node.resize(num_groups, 0);
-        for (&key, place) in self.keys.iter().zip(&self.places) {
-            self.by_node[place.pack as usize * per_node + place.arrival as usize] = index_of(key);
+            Row(sums.map(|sum| key(f64::from(sum), TAG - group as u64)))
+        }));
+        sort_descending(&mut self.loads, keys);
+        pack(&self.loads, shape.num_nodes, per_node, places, packs);
+        self.by_node.resize(num_groups, [0; LANES]);
+        for (group, place) in self.loads.iter().zip(places) {
+            for lane in 0..LANES {
+                self.by_node[place[lane] as usize][lane] = (TAG - tag(group.0[lane])) as u32;
+            }
         }
     }
 
     /// The groups of a node, in the order in which they were packed.
     #[inline(always)]
-    fn of(&self, shape: &Shape, node: usize) -> &[u32] {
+    fn of(&self, shape: &Shape, node: usize) -> &[[u32; LANES]] {
         let per_node = shape.num_groups / shape.num_nodes;
         &self.by_node[node * per_node..(node + 1) * per_node]
     }
 }
 
+/// One node's experts and their replicas. Replicas are numbered as they come to be: first one of
+/// each expert in the list, then the spare slots'.
+#[derive(Debug, Default)]
+struct Node {
+    /// What each replica is, by number.
+    replicas: Vec<[Replica; LANES]>,
+    /// The loads of the experts in the list, and how many replicas each has.
+    loads: Vec<[f32; LANES]>,
+    counts: Vec<[u32; LANES]>,
+    /// The load of each replica, tagged so that the one with the lowest number is the largest
+    /// among equals: `TAG` minus its number.
+    shares: Vec<Row>,
+    /// Whose replica is in each spare slot, as a place in the list.
+    owners: Vec<[u32; LANES]>,
+    /// The bits of the experts' shares, where there are too many for passes.
+    heaps: [BinaryHeap<u64>; LANES],
+}
+
 impl Node {
-    /// Lists the experts of the node's groups, group by group.
+    /// Lists the experts of the node's groups, group by group, each with one replica.
     #[inline(always)]
-    fn list_experts(&mut self, shape: &Shape, layer: &[f32], groups: &[u32]) {
+    fn list_experts(&mut self, shape: &Shape, layers: &[&[f32]; LANES], groups: &[[u32; LANES]]) {
         let size = shape.num_experts / shape.num_groups;
-        self.experts.clear();
-        self.loads.clear();
-        for &group in groups {
-            let first = group as usize * size;
-            self.experts.extend(first as u32..(first + size) as u32);
-            self.loads.extend_from_slice(&layer[first..first + size]);
+        let length = groups.len() * size;
+        self.loads.resize(length, [0.0; LANES]);
+        self.replicas.resize(length, [Replica::default(); LANES]);
+        let rows = self.loads.chunks_exact_mut(size);
+        for (group, (loads, replicas)) in groups
+            .iter()
+            .zip(rows.zip(self.replicas.chunks_exact_mut(size)))
+        {
+            let first = group.map(|group| group * size as u32);
+            let mut sources = [&layers[0][..0]; LANES];
+            for lane in 0..LANES {
+                sources[lane] = &layers[lane][first[lane] as usize..][..size];
+            }
+            for (place, (loads, replicas)) in loads.iter_mut().zip(replicas).enumerate() {
+                for lane in 0..LANES {
+                    loads[lane] = sources[lane][place];
+                    replicas[lane] = Replica {
+                        expert: first[lane] + place as u32,
+                        number: 0,
+                    };
+                }
+            }
         }
+        self.counts.clear();
+        self.counts.resize(length, [1; LANES]);
+        self.shares.clear();
+        self.shares
+            .extend(self.loads.iter().zip(0..).map(|(loads, place)| {
+                Row(std::array::from_fn(|lane| {
+                    key(f64::from(loads[lane]), TAG - place)
+                }))
+            }));
     }
 
     /// Gives each spare slot to the expert with the largest load per replica.
     #[inline(always)]
-    fn replicate(&mut self, shape: &Shape, order: &mut order::Scratch) {
+    fn replicate(&mut self, num_slots: usize) {
         let num_experts = self.loads.len();
-        self.keys.resize(num_experts, 0);
-        sort_keys(&self.loads, &mut self.keys, order);
-        self.counts.clear();
-        self.counts.resize(num_experts, 1);
-        self.head.clear();
-        self.extras.clear();
-        let mut rest = self.keys.iter().copied().peekable();
-        for _ in num_experts..shape.node_slots() {
-            let hottest = match (self.head.last(), rest.peek()) {
-                (Some(&of_head), Some(&of_rest)) if of_head < of_rest => self.head.pop(),
-                (_, Some(_)) => rest.next(),
-                (_, None) => self.head.pop(),
-            };
-            let Some(hottest) = hottest else { return };
-            let expert = index_of(hottest);
-            let count = &mut self.counts[expert as usize];
-            self.extras.push(Replica {
-                expert,
-                number: *count,
+        let num_spare = num_slots - num_experts;
+        self.replicas.resize(num_slots, [Replica::default(); LANES]);
+        self.owners.clear();
+        if num_spare * num_experts > PASS_LIMIT {
+            self.replicate_from_heaps(num_slots);
+        } else {
+            for number in num_experts..num_slots {
+                let hottest = largest(&self.shares);
+                self.add_replicas(hottest.0.map(|key| TAG - tag(key)), number);
+            }
+        }
+        // A replica in a spare slot carries what its expert's first one does.
+        for (number, owners) in self.owners.iter().enumerate() {
+            let number = TAG - (num_experts + number) as u64;
+            self.shares.push(Row(std::array::from_fn(|lane| {
+                key(value(self.shares[owners[lane] as usize].0[lane]), number)
+            })));
+        }
+    }
+
+    fn replicate_from_heaps(&mut self, num_slots: usize) {
+        for (lane, heap) in self.heaps.iter_mut().enumerate() {
+            heap.clear();
+            // The bits of floats that are not negative are in their order.
+            heap.extend(self.shares.iter().map(|share| share.0[lane].to_bits()));
+        }
+        for number in self.loads.len()..num_slots {
+            let hottest = self.heaps.each_ref().map(|heap| {
+                let bits = heap.peek().copied().unwrap_or_default();
+                TAG - tag(f64::from_bits(bits))
             });
+            self.add_replicas(hottest, number);
+            for (lane, heap) in self.heaps.iter_mut().enumerate() {
+                if let Some(mut top) = heap.peek_mut() {
+                    *top = self.shares[hottest[lane] as usize].0[lane].to_bits();
+                }
+            }
+        }
+    }
+
+    /// Makes replica `number` of each lane one more of the expert at `places` in its list.
+    #[inline(always)]
+    fn add_replicas(&mut self, places: [u64; LANES], number: usize) {
+        let mut loads = [0.0; LANES];
+        let mut counts = [0; LANES];
+        for lane in 0..LANES {
+            let place = places[lane] as usize;
+            let count = &mut self.counts[place][lane];
+            self.replicas[number][lane] = Replica {
+                expert: self.replicas[place][lane].expert,
+                number: *count,
+            };
             *count += 1;
-            let share = key(self.loads[expert as usize] / *count as f32, expert);
-            let place = self.head.partition_point(|&other| other > share);
-            self.head.insert(place, share);
+            counts[lane] = *count;
+            loads[lane] = self.loads[place][lane];
         }
+        let shares: [f64; LANES] =
+            std::array::from_fn(|lane| f64::from(loads[lane] / counts[lane] as f32));
+        for lane in 0..LANES {
+            self.shares[places[lane] as usize].0[lane] = key(shares[lane], TAG - places[lane]);
+        }
+        self.owners.push(places.map(|place| place as u32));
     }
 
-    /// Puts the replicas in the order of their numbers, one to a rank.
+    /// Writes what each slot of the node holds in one lane's layer.
     #[inline(always)]
-    fn place_in_turn(&mut self) {
-        self.replicas.clear();
-        let firsts = 0..self.experts.len() as u32;
-        self.replicas
-            .extend(firsts.map(|expert| Replica { expert, number: 0 }));
-        self.replicas.extend_from_slice(&self.extras);
-        self.places.clear();
-        let ranks = 0..self.replicas.len() as u32;
-        self.places
-            .extend(ranks.map(|pack| Place { pack, arrival: 0 }));
-    }
-
-    /// Puts the replicas in the order of their loads, heaviest first.
-    #[inline(always)]
-    fn arrange_by_load(&mut self) {
-        let num_experts = self.experts.len();
-        let (head, rest) = self.keys.split_at(self.head.len());
-        self.head_items.clear();
-        self.head_items.extend_from_slice(&self.head);
-        for (number, extra) in self.extras.iter().enumerate() {
-            let expert = extra.expert as usize;
-            let share = self.loads[expert] / self.counts[expert] as f32;
-            self.head_items
-                .push(key(share, (num_experts + number) as u32));
-        }
-        self.head_items.sort_unstable();
-        debug_assert_eq!(head.len(), self.head.len());
-
-        let num_items = num_experts + self.extras.len();
-        self.replicas.resize(num_items, Replica::default());
-        self.shares.resize(num_items, 0.0);
-        self.places.resize(num_items, Place::default());
-        self.inserted.clear();
-        self.inserted.resize(rest.len() + 1, 0);
-        for (earlier, &item) in self.head_items.iter().enumerate() {
-            let lighter = rest.partition_point(|&other| other < item);
-            self.inserted[lighter] += 1;
-            let index = index_of(item);
-            self.replicas[earlier + lighter] = match (index as usize).checked_sub(num_experts) {
-                None => Replica {
-                    expert: index,
-                    number: 0,
-                },
-                Some(extra) => self.extras[extra],
-            };
-            self.shares[earlier + lighter] = load_of(item);
-        }
-        let mut place = 0;
-        for (&item, &inserted) in rest.iter().zip(&self.inserted) {
-            place += inserted as usize;
-            self.replicas[place] = Replica {
-                expert: index_of(item),
-                number: 0,
-            };
-            self.shares[place] = load_of(item);
-            place += 1;
+    fn write_slots(&self, lane: usize, places: &[Places], slots: &mut [Replica]) {
+        for (share, place) in self.shares.iter().zip(places) {
+            let number = (TAG - tag(share.0[lane])) as usize;
+            slots[place[lane] as usize] = self.replicas[number][lane];
         }
     }
+}
 
-    /// Writes what each slot of the node holds.
-    #[inline(always)]
-    fn write_slots(&self, shape: &Shape, slots: &mut [Replica]) {
-        for (replica, place) in self.replicas.iter().zip(&self.places) {
-            let slot = place.pack as usize * shape.slots_per_gpu + place.arrival as usize;
-            slots[slot] = Replica {
-                expert: self.experts[replica.expert as usize],
-                number: replica.number,
-            };
+/// The largest key of each lane.
+#[inline(always)]
+fn largest(rows: &[Row]) -> Row {
+    let mut best = [Row::default(); 2];
+    for pair in rows.chunks(2) {
+        best[0] = best[0].larger(&pair[0]);
+        if let Some(second) = pair.get(1) {
+            best[1] = best[1].larger(second);
         }
     }
+    best[0].larger(&best[1])
+}
+
+/// One replica a rank: the first goes to the first, whatever its load.
+#[inline(always)]
+fn place_in_turn(num_slots: usize, places: &mut Vec<Places>) {
+    places.clear();
+    places.extend((0..num_slots as u32).map(|slot| [slot; LANES]));
 }

@@ -38,6 +38,7 @@ pub mod planner;
 pub mod topology;
 
 mod deepseek;
+mod lanes;
 mod order;
 mod pack;
 mod trivial;

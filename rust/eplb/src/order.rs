@@ -1,113 +1,103 @@
-//! Stable descending order of a few hundred loads.
+//! Sorting the problems in all lanes at once, each by its own keys.
 //!
-//! A short list is ranked by counting: the rank of an item is the number of items before it.
-//! That is O(n^2) comparisons but no branch, sixteen to a vector; below [`COUNTING_LIMIT`] items
-//! it is faster than any sort. Longer lists are sorted by integer keys.
+//! Batcher's odd-even merge sort: its comparisons do not depend on the data, so the lanes need
+//! not agree. Source: K. E. Batcher, "Sorting networks and their applications", 1968.
 
-/// How many items a block of the counting kernel has.
-const BLOCK: usize = 16;
+use crate::lanes::{LANES, Row};
 
-/// The most items that are ranked by counting.
-const COUNTING_LIMIT: usize = 192;
+/// The most rows that go through the network; more are sorted lane by lane. The network takes
+/// O(n log^2 n) comparisons.
+const NETWORK_LIMIT: usize = 1024;
 
-/// Loads that are not negative, as integers in the same order. `-0.0` becomes `0.0`.
+/// Rows are first sorted in runs of this length, in registers.
+const RUN: usize = 4;
+
+/// Scratch of [`sort_descending`], kept between calls.
+pub(crate) type Scratch = Vec<u64>;
+
+/// Sorts each lane, largest key first. Keys of a lane differ by their tags.
 #[inline(always)]
-pub(crate) fn bits(load: f32) -> u32 {
-    (load + 0.0).to_bits()
-}
-
-/// A sort key: descending by load, then ascending by index.
-#[inline(always)]
-pub(crate) fn key(load: f32, index: u32) -> u64 {
-    (u64::from(!bits(load)) << 32) | u64::from(index)
-}
-
-/// The index in a [`key`].
-#[inline(always)]
-pub(crate) fn index_of(key: u64) -> u32 {
-    key as u32
-}
-
-/// The load in a [`key`].
-#[inline(always)]
-pub(crate) fn load_of(key: u64) -> f32 {
-    f32::from_bits(!((key >> 32) as u32))
-}
-
-/// Scratch of [`sort_keys`], kept between calls.
-#[derive(Debug, Default)]
-pub(crate) struct Scratch {
-    blocks: Vec<[i32; BLOCK]>,
-    ranks: Vec<[i32; BLOCK]>,
-}
-
-/// Writes the keys of `loads` in ascending order, which is the loads in stable descending order.
-/// `keys` is as long as `loads`.
-#[inline(always)]
-pub(crate) fn sort_keys(loads: &[f32], keys: &mut [u64], scratch: &mut Scratch) {
-    if loads.len() > COUNTING_LIMIT {
-        for (index, (key_out, &load)) in keys.iter_mut().zip(loads).enumerate() {
-            *key_out = key(load, index as u32);
-        }
-        keys.sort_unstable();
+pub(crate) fn sort_descending(rows: &mut [Row], scratch: &mut Scratch) {
+    if rows.len() > NETWORK_LIMIT {
+        sort_lane_by_lane(rows, scratch);
         return;
     }
-    let num_blocks = loads.len().div_ceil(BLOCK);
-    scratch.blocks.clear();
-    // Padding is lighter than any load, so it ranks last.
-    scratch.blocks.resize(num_blocks, [-1; BLOCK]);
-    scratch.ranks.clear();
-    scratch.ranks.resize(num_blocks, [0; BLOCK]);
-    for (block, loads) in scratch.blocks.iter_mut().zip(loads.chunks(BLOCK)) {
-        for (value, &load) in block.iter_mut().zip(loads) {
-            *value = bits(load) as i32;
+    sort_runs(rows);
+    let mut run = RUN;
+    while run < rows.len() {
+        merge_runs(rows, run);
+        run *= 2;
+    }
+}
+
+/// Sorts every four rows.
+#[inline(always)]
+fn sort_runs(rows: &mut [Row]) {
+    let mut runs = rows.chunks_exact_mut(RUN);
+    for run in &mut runs {
+        if let [a, b, c, d] = run {
+            exchange(a, b);
+            exchange(c, d);
+            exchange(a, c);
+            exchange(b, d);
+            exchange(b, c);
         }
     }
-    for (i, ranks) in scratch.ranks.iter_mut().enumerate() {
-        let mine = &scratch.blocks[i];
-        for before in &scratch.blocks[..i] {
-            count_before::<true>(before, mine, ranks);
+    match runs.into_remainder() {
+        [a, b, c] => {
+            exchange(a, b);
+            exchange(a, c);
+            exchange(b, c);
         }
-        count_within(mine, ranks);
-        for after in &scratch.blocks[i + 1..] {
-            count_before::<false>(after, mine, ranks);
-        }
+        [a, b] => exchange(a, b),
+        _ => {}
     }
-    let ranks = scratch.ranks.as_flattened();
-    for (index, (&load, &rank)) in loads.iter().zip(ranks).enumerate() {
-        if let Some(place) = keys.get_mut(rank as usize) {
-            *place = key(load, index as u32);
+}
+
+/// Merges each two neighbouring sorted runs of `run` rows, a power of two.
+#[inline(always)]
+fn merge_runs(rows: &mut [Row], run: usize) {
+    for pair in rows.chunks_mut(2 * run) {
+        // The first step compares the two runs, the others neighbours at half the distance.
+        exchange_across(pair, run);
+        let mut distance = run / 2;
+        while distance > 0 {
+            let inner = pair.get_mut(distance..).unwrap_or_default();
+            for block in inner.chunks_mut(2 * distance) {
+                exchange_across(block, distance);
+            }
+            distance /= 2;
         }
     }
 }
 
-/// Adds to each rank how many of `others` come before it; equal ones do if `TIES_COME_BEFORE`.
+/// Compares each of the first `distance` rows with the one `distance` further on, if there is
+/// one.
 #[inline(always)]
-fn count_before<const TIES_COME_BEFORE: bool>(
-    others: &[i32; BLOCK],
-    mine: &[i32; BLOCK],
-    ranks: &mut [i32; BLOCK],
-) {
-    for &other in others {
-        for lane in 0..BLOCK {
-            let before = if TIES_COME_BEFORE {
-                other >= mine[lane]
-            } else {
-                other > mine[lane]
-            };
-            ranks[lane] += i32::from(before);
+fn exchange_across(rows: &mut [Row], distance: usize) {
+    if rows.len() > distance {
+        let (front, back) = rows.split_at_mut(distance);
+        for (front, back) in front.iter_mut().zip(back) {
+            exchange(front, back);
         }
     }
 }
 
-/// Adds to each rank how many of its own block come before it.
+/// Puts the larger key of each lane in front.
 #[inline(always)]
-fn count_within(mine: &[i32; BLOCK], ranks: &mut [i32; BLOCK]) {
-    for (other, &value) in mine.iter().enumerate() {
-        for lane in 0..BLOCK {
-            // Equal loads keep their order: a tie comes before only what stands after it.
-            let value = value + i32::from(other < lane);
-            ranks[lane] += i32::from(value > mine[lane]);
+fn exchange(front: &mut Row, back: &mut Row) {
+    (*front, *back) = (front.larger(back), front.smaller(back));
+}
+
+/// For long lists, where the network's extra factor of log n outweighs its lanes.
+fn sort_lane_by_lane(rows: &mut [Row], keys: &mut Scratch) {
+    for lane in 0..LANES {
+        // The bits of floats that are not negative are in their order.
+        keys.clear();
+        keys.extend(rows.iter().map(|row| !row.0[lane].to_bits()));
+        keys.sort_unstable();
+        for (&key, row) in keys.iter().zip(&mut *rows) {
+            row.0[lane] = f64::from_bits(!key);
         }
     }
 }
@@ -115,22 +105,59 @@ fn count_within(mine: &[i32; BLOCK], ranks: &mut [i32; BLOCK]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::lanes::key;
     use proptest::prelude::*;
+
+    fn check(loads: &[[f32; LANES]]) {
+        let mut rows: Vec<Row> = loads
+            .iter()
+            .enumerate()
+            .map(|(index, loads)| Row(loads.map(|load| key(f64::from(load), index as u64))))
+            .collect();
+        let mut expected = rows.clone();
+        sort_descending(&mut rows, &mut Scratch::new());
+        for lane in 0..LANES {
+            expected.sort_by(|a, b| b.0[lane].total_cmp(&a.0[lane]));
+            for (got, wanted) in rows.iter().zip(&expected) {
+                assert_eq!(got.0[lane].to_bits(), wanted.0[lane].to_bits());
+            }
+        }
+    }
 
     proptest! {
         #[test]
-        fn the_order_is_that_of_a_stable_sort(
+        fn each_lane_is_sorted_by_load_and_tag(
             loads in prop::collection::vec(
-                prop_oneof![Just(0.0f32), Just(-0.0), Just(1.0), 0.0f32..1e9, 0.0f32..3.0],
-                1..400,
+                prop::array::uniform8(prop_oneof![
+                    Just(0.0f32), Just(-0.0), Just(1.0), Just(1e-45), 0.0f32..1e30, 0.0f32..3.0
+                ]),
+                1..300,
             )
         ) {
-            let mut keys = vec![0; loads.len()];
-            sort_keys(&loads, &mut keys, &mut Scratch::default());
-            let mut stable: Vec<usize> = (0..loads.len()).collect();
-            stable.sort_by(|&a, &b| loads[b].partial_cmp(&loads[a]).unwrap_or(std::cmp::Ordering::Equal));
-            let got: Vec<usize> = keys.iter().map(|&key| index_of(key) as usize).collect();
-            prop_assert_eq!(got, stable);
+            check(&loads);
+        }
+    }
+
+    #[test]
+    fn long_lists_are_sorted_too() {
+        let loads: Vec<_> = (0..NETWORK_LIMIT + 7)
+            .map(|index| std::array::from_fn(|lane| ((index * 37 + lane) % 101) as f32))
+            .collect();
+        check(&loads);
+        check(&loads[..NETWORK_LIMIT]);
+    }
+
+    /// A network that sorts all zero-one inputs sorts every input.
+    #[test]
+    fn short_networks_sort_all_inputs_of_zeros_and_ones() {
+        for length in 1..=13usize {
+            for pattern in 0u32..1 << length {
+                let mut rows: Vec<Row> = (0..length)
+                    .map(|bit| Row([f64::from(pattern >> bit & 1); LANES]))
+                    .collect();
+                sort_descending(&mut rows, &mut Scratch::new());
+                assert!(rows.is_sorted_by(|a, b| a.0[0] >= b.0[0]), "{pattern:b}");
+            }
         }
     }
 }

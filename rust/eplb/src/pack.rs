@@ -1,147 +1,119 @@
 //! Greedy packing: each item, heaviest first, goes to the lightest pack that is not full.
 //!
-//! Ties go to the lowest pack and sums are `f32`, in the order of arrival. The order of packs by
-//! (sum, index) is kept as an array of floats, lightest first: a pack's sum with its index and
-//! how many items it has in the low bits of an `f64`, which an `f32` leaves free. Taking the
-//! lightest and putting it back is then one pass of minima and maxima over a fixed-size array,
-//! without a branch, and a full pack is an infinite one.
+//! Ties go to the lowest pack and sums are `f32`, in the order of arrival. All lanes pack in
+//! step. Their packs are kept in the order of (sum, index), lightest first, as keys: taking the
+//! lightest and putting it back is one pass of minima and maxima, without a branch. A full pack
+//! is infinitely heavy.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// Bits for the number of items in a pack.
-const COUNT_BITS: u32 = 21;
-/// Bits for the number of items and, above it, the index of the pack.
-const TAG_BITS: u32 = 29;
-const TAG: u64 = (1 << TAG_BITS) - 1;
+use crate::lanes::{LANES, Row, key, tag, value};
 
-/// The most packs that the array holds; more go on a heap.
-const MOST_LANES: usize = 128;
+/// The most packs that are kept in order by a pass over all of them; more go on a heap.
+const PASS_LIMIT: usize = 512;
 
-/// Stands for an empty pack's sum of zero: vanishes in any `f32` sum, yet keeps the `f64` normal,
-/// so that its low bits count in comparisons even where denormals are flushed to zero.
-const NOTHING: f64 = f64::from_bits(1 << 52);
-
-/// Where an item went: the pack, and how many items were there before.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Place {
-    pub(crate) pack: u32,
-    pub(crate) arrival: u32,
-}
+/// Where the items of each lane went: the pack times `capacity`, plus how many were there before.
+pub(crate) type Places = [u32; LANES];
 
 /// Scratch of [`pack`], kept between calls.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    heap: BinaryHeap<Reverse<(u64, u32, u32)>>,
+    packs: Vec<Row>,
+    heap: BinaryHeap<Reverse<(u64, usize)>>,
 }
 
-/// Packs `K` lists of items, each sorted heaviest first, each into `num_packs` packs of
-/// `capacity` items. The lists share one length, `num_packs * capacity`; they are packed side by
-/// side, since one alone would wait for its own sums.
+/// Packs the items of each lane, sorted heaviest first, into `num_packs` packs of `capacity`
+/// items each; there are as many items as fit. The tags of items are ignored.
 #[inline(always)]
-pub(crate) fn pack<const K: usize>(
-    items: [&[f32]; K],
+pub(crate) fn pack(
+    items: &[Row],
     num_packs: usize,
     capacity: usize,
-    places: [&mut [Place]; K],
+    places: &mut Vec<Places>,
     scratch: &mut Scratch,
 ) {
-    match num_packs {
-        ..=4 => in_lanes::<4, K>(items, num_packs, capacity, places),
-        5..=8 => in_lanes::<8, K>(items, num_packs, capacity, places),
-        9..=16 => in_lanes::<16, K>(items, num_packs, capacity, places),
-        17..=32 => in_lanes::<32, K>(items, num_packs, capacity, places),
-        33..=64 => in_lanes::<64, K>(items, num_packs, capacity, places),
-        65..=MOST_LANES => in_lanes::<MOST_LANES, K>(items, num_packs, capacity, places),
-        _ => {
-            for (items, places) in items.into_iter().zip(places) {
-                on_heap(items, num_packs, capacity, places, &mut scratch.heap);
-            }
+    places.clear();
+    if num_packs > PASS_LIMIT {
+        places.resize(items.len(), Places::default());
+        for lane in 0..LANES {
+            pack_on_heap(lane, items, num_packs, capacity, places, &mut scratch.heap);
         }
+        return;
     }
+    // The tag of a pack: its index, then, in the low bits, how many items it has.
+    let count_bits = usize::BITS - capacity.leading_zeros();
+    let packs = &mut scratch.packs;
+    packs.clear();
+    packs.extend((0..num_packs as u64).map(|index| Row([key(0.0, index << count_bits); LANES])));
+    pack_in_step(items, packs, capacity, count_bits, places);
 }
 
 #[inline(always)]
-fn in_lanes<const M: usize, const K: usize>(
-    items: [&[f32]; K],
-    num_packs: usize,
+fn pack_in_step(
+    items: &[Row],
+    packs: &mut [Row],
     capacity: usize,
-    places: [&mut [Place]; K],
+    count_bits: u32,
+    places: &mut Vec<Places>,
 ) {
-    let mut order = [[f64::INFINITY; M]; K];
-    for lanes in &mut order {
-        for (index, lane) in lanes.iter_mut().enumerate().take(num_packs) {
-            *lane = f64::from_bits(NOTHING.to_bits() | ((index as u64) << COUNT_BITS));
+    let count_mask = (1 << count_bits) - 1;
+    let last = capacity as u64 - 1;
+    for item in items {
+        let mut back = Row::default();
+        let mut place = Places::default();
+        for lane in 0..LANES {
+            let lightest = packs[0].0[lane];
+            let tag = tag(lightest);
+            let (index, count) = ((tag >> count_bits) as u32, tag & count_mask);
+            place[lane] = index * capacity as u32 + count as u32;
+            // The sum of two f32 in f64, rounded to f32, is their f32 sum.
+            let sum = (value(lightest) + value(item.0[lane])) as f32;
+            let sum = key(f64::from(sum), tag + 1);
+            back.0[lane] = if count == last { f64::INFINITY } else { sum };
         }
-    }
-    let full = capacity as u64;
-    for step in 0..num_packs * capacity {
-        for k in 0..K {
-            let lanes = &mut order[k];
-            let lightest = lanes[0].to_bits();
-            let tag = lightest & TAG;
-            let count = tag & ((1 << COUNT_BITS) - 1);
-            places[k][step] = Place {
-                pack: (tag >> COUNT_BITS) as u32,
-                arrival: count as u32,
-            };
-            // Rounding the exact f64 sum of two f32 to f32 is the f32 sum.
-            let sum = f64::from_bits(lightest & !TAG) + f64::from(items[k][step]);
-            let sum = f64::from(sum as f32);
-            let sum = if sum > NOTHING { sum } else { NOTHING };
-            let tagged = f64::from_bits(sum.to_bits() | (tag + 1));
-            let back = if count + 1 == full {
-                f64::INFINITY
-            } else {
-                tagged
-            };
-            *lanes = replace_first(lanes, back);
-        }
+        places.push(place);
+        put_back(packs, &back);
     }
 }
 
-/// The sorted array with its first element taken out and `back`, which is larger, put in.
+/// Takes the first of the sorted rows out and puts `back`, which is larger, in its place in the
+/// order.
 #[inline(always)]
-fn replace_first<const M: usize>(lanes: &[f64; M], back: f64) -> [f64; M] {
-    let mut next = [f64::INFINITY; M];
-    next[..M - 1].copy_from_slice(&lanes[1..]);
-    let mut out = [0.0; M];
-    for lane in 0..M {
-        let larger = if lanes[lane] > back {
-            lanes[lane]
-        } else {
-            back
-        };
-        out[lane] = if larger < next[lane] {
-            larger
-        } else {
-            next[lane]
-        };
+fn put_back(sorted: &mut [Row], back: &Row) {
+    // `back` sinks: each row moves one forward unless what sinks is smaller.
+    let mut sinking = *back;
+    for index in 1..sorted.len() {
+        let next = sorted[index];
+        sorted[index - 1] = next.smaller(&sinking);
+        sinking = next.larger(&sinking);
     }
-    out
+    if let Some(last) = sorted.last_mut() {
+        *last = sinking;
+    }
 }
 
-fn on_heap(
-    items: &[f32],
+/// The same for many packs, lane by lane.
+fn pack_on_heap(
+    lane: usize,
+    items: &[Row],
     num_packs: usize,
     capacity: usize,
-    places: &mut [Place],
-    heap: &mut BinaryHeap<Reverse<(u64, u32, u32)>>,
+    places: &mut [Places],
+    heap: &mut BinaryHeap<Reverse<(u64, usize)>>,
 ) {
     heap.clear();
-    heap.extend((0..num_packs as u32).map(|pack| Reverse((0, pack, 0))));
-    for (&item, place) in items.iter().zip(places) {
+    heap.extend((0..num_packs).map(|index| Reverse((0, index * capacity))));
+    for (item, place) in items.iter().zip(places) {
         let Some(mut lightest) = heap.peek_mut() else {
             return;
         };
-        let Reverse((sum, pack, arrival)) = *lightest;
-        *place = Place { pack, arrival };
         // The bits of floats that are not negative are in their order.
-        let sum = if arrival as usize + 1 == capacity {
-            u64::MAX
-        } else {
-            u64::from((f32::from_bits(sum as u32) + item + 0.0).to_bits())
-        };
-        *lightest = Reverse((sum, pack, arrival + 1));
+        let Reverse((sum, slot)) = *lightest;
+        place[lane] = slot as u32;
+        let sum = f32::from_bits(sum as u32) + value(item.0[lane]) as f32;
+        let full = (slot + 1).is_multiple_of(capacity);
+        let sum = if full { u64::MAX } else { sum.to_bits().into() };
+        *lightest = Reverse((sum, slot + 1));
     }
 }

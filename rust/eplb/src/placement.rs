@@ -67,8 +67,10 @@ impl Placement {
             .chunks_exact(num_slots)
             .zip(log2phy.chunks_exact(num_experts * max_replicas))
             .zip(logcnt.chunks_exact(num_experts));
+        let mut listed = vec![false; num_slots];
         for (layer, ((phy2log, log2phy), logcnt)) in layers.enumerate() {
-            check_layer(layer, phy2log, log2phy, logcnt)?;
+            listed.fill(false);
+            check_layer(layer, phy2log, log2phy, logcnt, &mut listed)?;
         }
         let widest = logcnt.iter().max().copied().unwrap_or(0);
         if widest != max_replicas as i64 {
@@ -251,20 +253,23 @@ impl Placement {
     }
 
     /// How many slots of each layer hold an expert that an earlier slot of the same rank holds
-    /// already, `[L]`. Such a slot serves no balance. O(L R slots_per_gpu).
+    /// already, `[L]`. Such a slot serves no balance. O(L (R + E)).
     #[must_use]
     pub fn duplicates(&self) -> Vec<usize> {
+        let mut seen_on = vec![usize::MAX; self.num_experts];
+        let mut duplicates = vec![0; self.num_layers];
         let layers = self.phy2log.chunks_exact(self.topology.num_slots());
-        layers
-            .map(|phy2log| {
-                let on_rank = |gpu| {
-                    let slots = &phy2log[self.topology.slots_of(gpu)];
-                    let repeated = |&slot: &usize| slots[..slot].contains(&slots[slot]);
-                    (0..slots.len()).filter(repeated).count()
-                };
-                (0..self.topology.num_gpus()).map(on_rank).sum()
-            })
-            .collect()
+        for (phy2log, duplicates) in layers.zip(&mut duplicates) {
+            seen_on.fill(usize::MAX);
+            for gpu in 0..self.topology.num_gpus() {
+                for &expert in &phy2log[self.topology.slots_of(gpu)] {
+                    let seen = &mut seen_on[expert as usize];
+                    *duplicates += usize::from(*seen == gpu);
+                    *seen = gpu;
+                }
+            }
+        }
+        duplicates
     }
 }
 
@@ -375,7 +380,14 @@ fn reserve(argument: &'static str, got: usize, sizes: &[usize]) -> Result<Vec<i6
     }
 }
 
-fn check_layer(layer: usize, phy2log: &[i64], log2phy: &[i64], logcnt: &[i64]) -> Result<()> {
+/// Checks one layer; `listed` has a `false` for each slot.
+fn check_layer(
+    layer: usize,
+    phy2log: &[i64],
+    log2phy: &[i64],
+    logcnt: &[i64],
+    listed: &mut [bool],
+) -> Result<()> {
     let num_experts = logcnt.len();
     let width = log2phy.len() / num_experts;
     for (slot, &expert) in phy2log.iter().enumerate() {
@@ -383,38 +395,36 @@ fn check_layer(layer: usize, phy2log: &[i64], log2phy: &[i64], logcnt: &[i64]) -
             return Err(no_such_expert(layer, slot, expert, num_experts));
         }
     }
-    let mut listed = 0;
     for (expert, (slots, &count)) in log2phy.chunks_exact(width).zip(logcnt).enumerate() {
         if count == 0 {
             return Err(without_slot(layer, expert));
         }
         let used = usize::try_from(count).map_or(0, |count| count.min(width));
         let (used, padding) = slots.split_at(used);
-        let holds = |&slot: &i64| {
-            usize::try_from(slot).is_ok_and(|slot| phy2log.get(slot) == Some(&(expert as i64)))
+        let mut takes = |&slot: &i64| {
+            let Some(slot) = usize::try_from(slot).ok().filter(|&s| s < phy2log.len()) else {
+                return false;
+            };
+            phy2log[slot] == expert as i64 && !std::mem::replace(&mut listed[slot], true)
         };
-        let distinct = |index: usize| !used[..index].contains(&used[index]);
-        if used.len() as i64 != count
-            || !used.iter().all(holds)
-            || !(0..used.len()).all(distinct)
-            || padding.iter().any(|&slot| slot != -1)
-        {
+        let fits = used.len() as i64 == count && used.iter().all(&mut takes);
+        if !fits || padding.iter().any(|&slot| slot != -1) {
+            let shown = &slots[..width.min(8)];
             return Err(Error::invalid(
                 Code::Inconsistent,
                 "log2phy",
-                format!("{slots:?} at layer {layer}, expert {expert}"),
+                format!("{shown:?} at layer {layer}, expert {expert}"),
                 format!("the {count} slots (`logcnt`) that hold the expert in `phy2log`, then -1"),
                 "",
             ));
         }
-        listed += used.len();
     }
-    if listed != phy2log.len() {
+    if let Some(slot) = listed.iter().position(|&listed| !listed) {
         return Err(Error::invalid(
             Code::Inconsistent,
-            "logcnt",
-            format!("{listed} in all at layer {layer}"),
-            format!("the number of slots in all ({})", phy2log.len()),
+            "log2phy",
+            format!("without slot {slot} of layer {layer}"),
+            "a list of every slot in `phy2log`",
             "",
         ));
     }

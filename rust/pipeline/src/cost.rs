@@ -25,7 +25,12 @@ impl Links {
         let figures = match self {
             Self::Uniform(figure) => std::slice::from_ref(figure),
             Self::Each(figures) => {
-                lengths(argument, figures.len(), num_ranks * num_ranks, "[num_ranks, num_ranks]")?;
+                lengths(
+                    argument,
+                    figures.len(),
+                    num_ranks * num_ranks,
+                    "[num_ranks, num_ranks]",
+                )?;
                 figures
             }
         };
@@ -38,7 +43,11 @@ impl Links {
                 "negative_time",
                 argument,
                 figure,
-                if zero_is_fine { "0 or more" } else { "more than 0" },
+                if zero_is_fine {
+                    "0 or more"
+                } else {
+                    "more than 0"
+                },
                 "leave it out for a link that costs nothing",
             )),
         }
@@ -131,7 +140,10 @@ fn lengths(argument: &'static str, got: usize, expected: usize, shape: &str) -> 
 }
 
 fn not_negative(argument: &'static str, figures: &[f64]) -> Result<()> {
-    match figures.iter().position(|&figure| !(figure >= 0.0 && figure.is_finite())) {
+    match figures
+        .iter()
+        .position(|&figure| !(figure >= 0.0 && figure.is_finite()))
+    {
         None => Ok(()),
         Some(at) => Err(Error::input(
             "negative_time",

@@ -106,7 +106,11 @@ impl Partition {
 ///
 /// [`Error::Input`] when there are fewer layers than stages, a cost is negative, or no cut that
 /// was found fits the memory; and as [`Request::generate`].
-pub fn partition(layers: &[Layer], request: &Request, options: &PartitionOptions) -> Result<Partition> {
+pub fn partition(
+    layers: &[Layer],
+    request: &Request,
+    options: &PartitionOptions,
+) -> Result<Partition> {
     let schedule = request.generate()?;
     check(layers, schedule.layout())?;
     let mut search = Search::new(layers, &schedule, options)?;
@@ -117,14 +121,21 @@ pub fn partition(layers: &[Layer], request: &Request, options: &PartitionOptions
             "memory",
             "max_bytes",
             options.max_bytes.unwrap_or(0),
-            format!("at least {}, what the leanest cut found takes on its fullest rank", options.max_bytes.unwrap_or(0) + value.excess),
+            format!(
+                "at least {}, what the leanest cut found takes on its fullest rank",
+                options.max_bytes.unwrap_or(0) + value.excess
+            ),
             "use more ranks, smaller micro-batches, or a schedule that holds fewer activations",
         ));
     }
     let lower_bound = search.lower_bound();
     Ok(Partition {
         makespan: value.makespan,
-        lower_bound: if exact { value.makespan } else { lower_bound.min(value.makespan) },
+        lower_bound: if exact {
+            value.makespan
+        } else {
+            lower_bound.min(value.makespan)
+        },
         exact,
         rank_bytes: search.rank_bytes(&bounds),
         bubble_ratio: value.bubble_ratio,
@@ -153,17 +164,28 @@ pub fn stage_costs(
             "bounds",
             "bounds",
             format!("{bounds:?}"),
-            format!("{} ascending bounds from 0 to {}", layout.num_stages() + 1, layers.len()),
+            format!(
+                "{} ascending bounds from 0 to {}",
+                layout.num_stages() + 1,
+                layers.len()
+            ),
             "stage s holds the layers from bounds[s] to bounds[s + 1]",
         ));
     }
     let sum = |of: fn(&Layer) -> f64| -> Vec<f64> {
-        bounds.windows(2).map(|cut| layers[cut[0]..cut[1]].iter().map(of).sum()).collect()
+        bounds
+            .windows(2)
+            .map(|cut| layers[cut[0]..cut[1]].iter().map(of).sum())
+            .collect()
     };
     let (backward_input, backward_weight) = (sum(|l| l.backward_input), sum(|l| l.backward_weight));
     Ok(Costs {
         forward: sum(|l| l.forward),
-        backward: backward_input.iter().zip(&backward_weight).map(|(i, w)| i + w).collect(),
+        backward: backward_input
+            .iter()
+            .zip(&backward_weight)
+            .map(|(i, w)| i + w)
+            .collect(),
         backward_input,
         backward_weight,
         rank_factor: match options.rank_factor.as_slice() {
@@ -174,13 +196,17 @@ pub fn stage_costs(
         pair: None,
         latency: options.latency.clone(),
         bandwidth: options.bandwidth.clone(),
-        message_bytes: bounds[1..].iter().map(|&end| message_bytes(layers, end) as f64).collect(),
+        message_bytes: bounds[1..]
+            .iter()
+            .map(|&end| message_bytes(layers, end) as f64)
+            .collect(),
     })
 }
 
 /// What a stage that ends before layer `end` hands on.
 fn message_bytes(layers: &[Layer], end: usize) -> u64 {
-    end.checked_sub(1).map_or(0, |last| layers[last].message_bytes)
+    end.checked_sub(1)
+        .map_or(0, |last| layers[last].message_bytes)
 }
 
 fn check(layers: &[Layer], layout: &Layout) -> Result<()> {
@@ -195,7 +221,10 @@ fn check(layers: &[Layer], layout: &Layout) -> Result<()> {
     }
     for (index, layer) in layers.iter().enumerate() {
         let times = [layer.forward, layer.backward_input, layer.backward_weight];
-        if let Some(time) = times.iter().find(|time| !(**time >= 0.0 && time.is_finite())) {
+        if let Some(time) = times
+            .iter()
+            .find(|time| !(**time >= 0.0 && time.is_finite()))
+        {
             return Err(Error::input(
                 "negative_time",
                 "layers",
@@ -204,7 +233,11 @@ fn check(layers: &[Layer], layout: &Layout) -> Result<()> {
                 "check the measurement",
             ));
         }
-        let bytes = [layer.parameter_bytes, layer.activation_bytes, layer.message_bytes];
+        let bytes = [
+            layer.parameter_bytes,
+            layer.activation_bytes,
+            layer.message_bytes,
+        ];
         if let Some(size) = bytes.iter().find(|&&size| size >= 1 << 53) {
             return Err(Error::input(
                 "sizes",
@@ -254,7 +287,11 @@ struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    fn new(layers: &'a [Layer], schedule: &'a Schedule, options: &'a PartitionOptions) -> Result<Self> {
+    fn new(
+        layers: &'a [Layer],
+        schedule: &'a Schedule,
+        options: &'a PartitionOptions,
+    ) -> Result<Self> {
         let layout = schedule.layout();
         // Any cut has costs of the right shape; this one shows whether the machine's figures fit.
         let any: Vec<usize> = (0..layout.num_stages()).chain([layers.len()]).collect();
@@ -287,7 +324,10 @@ impl<'a> Search<'a> {
             forward_before: before(|l| l.forward),
             input_before: before(|l| l.backward_input),
             weight_before: before(|l| l.backward_weight),
-            splits: schedule.ops().iter().any(|op| op.kind == Kind::BackwardWeight),
+            splits: schedule
+                .ops()
+                .iter()
+                .any(|op| op.kind == Kind::BackwardWeight),
             known: BTreeMap::new(),
             simulations: 0,
             layers,
@@ -341,7 +381,10 @@ impl<'a> Search<'a> {
         let mut bounds: Vec<usize> = (0..stages).chain([layers]).collect();
         let mut best = (self.evaluate(&bounds)?, bounds.clone());
         // The inner bounds count up like an odometer whose digits ascend.
-        while let Some(at) = (1..stages).rev().find(|&at| bounds[at] < layers - (stages - at)) {
+        while let Some(at) = (1..stages)
+            .rev()
+            .find(|&at| bounds[at] < layers - (stages - at))
+        {
             bounds[at] += 1;
             for next in at + 1..stages {
                 bounds[next] = bounds[next - 1] + 1;
@@ -357,7 +400,11 @@ impl<'a> Search<'a> {
     /// Whether [`stage_time`](Self::stage_time) with the fill bounds the makespan from below.
     fn stage_time_bounds(&self) -> bool {
         let layout = self.schedule.layout();
-        let overlaps = self.schedule.ops().iter().any(|op| op.kind == Kind::OverlapForward);
+        let overlaps = self
+            .schedule
+            .ops()
+            .iter()
+            .any(|op| op.kind == Kind::OverlapForward);
         layout.num_copies() == 1 && layout.num_stages() == layout.num_ranks() && !overlaps
     }
 
@@ -378,7 +425,10 @@ impl<'a> Search<'a> {
                     .fold(0, |sum, end| sum.saturating_add(ways[stage + 1][end]));
             }
         }
-        let left = self.options.max_simulations.saturating_sub(self.simulations);
+        let left = self
+            .options
+            .max_simulations
+            .saturating_sub(self.simulations);
         if ways[0][0] > left as u64 {
             return Ok(None);
         }
@@ -404,7 +454,9 @@ impl<'a> Search<'a> {
             return Ok(());
         }
         for end in begin + 1..=self.layers.len() {
-            if ways[stage + 1][end] > 0 && self.stage_time(stage, begin, end, true) < best.0.makespan {
+            if ways[stage + 1][end] > 0
+                && self.stage_time(stage, begin, end, true) < best.0.makespan
+            {
                 bounds.push(end);
                 self.try_remaining(ways, bounds, best)?;
                 bounds.pop();
@@ -442,12 +494,18 @@ impl<'a> Search<'a> {
     fn rank_bytes(&self, bounds: &[usize]) -> Vec<u64> {
         let layout = self.schedule.layout();
         let per_stage = |of: fn(&Layer) -> u64| -> Vec<u64> {
-            bounds.windows(2).map(|cut| self.layers[cut[0]..cut[1]].iter().map(of).sum()).collect()
+            bounds
+                .windows(2)
+                .map(|cut| self.layers[cut[0]..cut[1]].iter().map(of).sum())
+                .collect()
         };
         let parameters = per_stage(|l| l.parameter_bytes);
         let sizes = Sizes {
             activation_bytes: per_stage(|l| l.activation_bytes),
-            message_bytes: bounds[1..].iter().map(|&end| message_bytes(self.layers, end)).collect(),
+            message_bytes: bounds[1..]
+                .iter()
+                .map(|&end| message_bytes(self.layers, end))
+                .collect(),
         };
         let mut bytes: Vec<u64> = peaks(self.schedule, &self.wires, Some(&sizes))
             .into_iter()
@@ -471,7 +529,9 @@ impl<'a> Search<'a> {
             let (from, to) = (at / stages, at % stages);
             at = (at + 1) % (stages * stages);
             in_vain += 1;
-            let Some(moved) = moved(&bounds, from, to) else { continue };
+            let Some(moved) = moved(&bounds, from, to) else {
+                continue;
+            };
             let found = self.evaluate(&moved)?;
             if found.beats(value) {
                 (value, bounds) = (found, moved);
@@ -517,7 +577,11 @@ impl<'a> Search<'a> {
         if !fill {
             return whole;
         }
-        let fastest = self.stage_factor.iter().copied().fold(f64::INFINITY, f64::min);
+        let fastest = self
+            .stage_factor
+            .iter()
+            .copied()
+            .fold(f64::INFINITY, f64::min);
         let down = fastest * self.forward_before[begin];
         let back = if self.splits {
             // The last input part may be followed by all weight parts, while others go back.
@@ -563,15 +627,18 @@ impl<'a> Search<'a> {
         let layout = self.schedule.layout();
         // Overlapped pairs may shorten everything but the single instructions.
         let overlap = self.options.overlap_factor.min(1.0);
-        let pairs = if self.schedule.ops().iter().any(|op| op.kind == Kind::OverlapForward) {
+        let pairs = if self
+            .schedule
+            .ops()
+            .iter()
+            .any(|op| op.kind == Kind::OverlapForward)
+        {
             overlap
         } else {
             1.0
         };
         let factor = |rank: usize| self.options.rank_factor.get(rank).copied().unwrap_or(1.0);
-        let speed: f64 = (0..layout.num_ranks())
-            .map(|rank| 1.0 / factor(rank))
-            .sum();
+        let speed: f64 = (0..layout.num_ranks()).map(|rank| 1.0 / factor(rank)).sum();
         let all = f64::from(layout.num_micro_batches()) * self.work(0, self.layers.len());
         let spread = pairs * all / speed;
         if !self.stage_time_bounds() {
@@ -591,9 +658,13 @@ impl<'a> Search<'a> {
 fn moved(bounds: &[usize], from: usize, to: usize) -> Option<Vec<usize>> {
     let mut moved = bounds.to_vec();
     if from < to {
-        moved[from + 1..=to].iter_mut().for_each(|bound| *bound -= 1);
+        moved[from + 1..=to]
+            .iter_mut()
+            .for_each(|bound| *bound -= 1);
     } else if from > to {
-        moved[to + 1..=from].iter_mut().for_each(|bound| *bound += 1);
+        moved[to + 1..=from]
+            .iter_mut()
+            .for_each(|bound| *bound += 1);
     } else {
         return None;
     }

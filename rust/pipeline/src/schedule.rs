@@ -51,7 +51,11 @@ impl Layout {
         }
         let copies = micro_batches.len();
         if copies == 0 || copies > usize::from(u8::MAX) {
-            return refuse("micro_batches", format!("{copies} copies"), "1 to 255 copies".into());
+            return refuse(
+                "micro_batches",
+                format!("{copies} copies"),
+                "1 to 255 copies".into(),
+            );
         }
         if ranks.len() != copies * num_stages {
             return refuse(
@@ -68,7 +72,10 @@ impl Layout {
             return refuse(
                 "micro_batches",
                 total.to_string(),
-                format!("at most {} for {num_stages} stages", MOST_SLOTS / num_stages as u64),
+                format!(
+                    "at most {} for {num_stages} stages",
+                    MOST_SLOTS / num_stages as u64
+                ),
             );
         }
         let mut holds_any = vec![false; num_ranks];
@@ -82,7 +89,8 @@ impl Layout {
                 );
             };
             *held = true;
-            let earlier = (0..index / num_stages).any(|copy| ranks[copy * num_stages + stage] == rank);
+            let earlier =
+                (0..index / num_stages).any(|copy| ranks[copy * num_stages + stage] == rank);
             if earlier {
                 return refuse(
                     "placement",
@@ -169,7 +177,10 @@ impl Layout {
             .filter(move |&(_, &holder)| holder as usize == rank)
             .map(|(index, _)| {
                 // The constructor bounds both counts, so neither conversion truncates.
-                ((index / self.num_stages) as u8, (index % self.num_stages) as u16)
+                (
+                    (index / self.num_stages) as u8,
+                    (index % self.num_stages) as u16,
+                )
             })
     }
 
@@ -256,7 +267,12 @@ impl Schedule {
     ///
     /// [`Error::Input`] when `starts` does not cut `ops` into one stream per rank, an instruction
     /// names something that does not exist, or an overlapped pair is torn.
-    pub fn new(name: impl Into<String>, layout: Layout, starts: Vec<usize>, ops: Vec<Op>) -> Result<Self> {
+    pub fn new(
+        name: impl Into<String>,
+        layout: Layout,
+        starts: Vec<usize>,
+        ops: Vec<Op>,
+    ) -> Result<Self> {
         let cuts_well = starts.len() == layout.num_ranks() + 1
             && starts.first() == Some(&0)
             && starts.last() == Some(&ops.len())
@@ -266,7 +282,11 @@ impl Schedule {
                 "streams",
                 "starts",
                 format!("{} bounds", starts.len()),
-                format!("{} ascending bounds from 0 to {}", layout.num_ranks() + 1, ops.len()),
+                format!(
+                    "{} ascending bounds from 0 to {}",
+                    layout.num_ranks() + 1,
+                    ops.len()
+                ),
                 "give one stream for every rank",
             ));
         }
@@ -310,7 +330,12 @@ impl Schedule {
     }
 
     /// For the generators, whose streams are well formed by construction.
-    pub(crate) fn from_parts(name: String, layout: Layout, starts: Vec<usize>, ops: Vec<Op>) -> Self {
+    pub(crate) fn from_parts(
+        name: String,
+        layout: Layout,
+        starts: Vec<usize>,
+        ops: Vec<Op>,
+    ) -> Self {
         let mut has_backward = false;
         let mut has_transfers = false;
         for op in &ops {

@@ -65,11 +65,12 @@ pub fn search(request: &SearchRequest) -> Result<Vec<Candidate>> {
     for (num_micro_batches, layers) in &request.loads {
         let first = candidates.len();
         for &method in &request.methods {
-            let stages: Vec<Option<usize>> = if method.takes_stages_per_rank() && !request.stages_per_rank.is_empty() {
-                request.stages_per_rank.iter().copied().map(Some).collect()
-            } else {
-                vec![None]
-            };
+            let stages: Vec<Option<usize>> =
+                if method.takes_stages_per_rank() && !request.stages_per_rank.is_empty() {
+                    request.stages_per_rank.iter().copied().map(Some).collect()
+                } else {
+                    vec![None]
+                };
             for stages_per_rank in stages {
                 let asked = Request {
                     stages_per_rank,
@@ -88,9 +89,12 @@ pub fn search(request: &SearchRequest) -> Result<Vec<Candidate>> {
 fn attempt(request: Request, layers: &[Layer], options: &PartitionOptions) -> Result<Candidate> {
     let (partition, why) = match partition(layers, &request, options) {
         Ok(found) => (Some(found), String::new()),
-        Err(error @ Error::Input { code: "memory" | "odd_ranks" | "too_few_layers", .. }) => {
-            (None, error.to_string())
-        }
+        Err(
+            error @ Error::Input {
+                code: "memory" | "odd_ranks" | "too_few_layers",
+                ..
+            },
+        ) => (None, error.to_string()),
         Err(error) => return Err(error),
     };
     let time_per_micro_batch = partition.as_ref().map_or(f64::INFINITY, |found| {
@@ -106,13 +110,23 @@ fn attempt(request: Request, layers: &[Layer], options: &PartitionOptions) -> Re
 }
 
 /// For candidates with overlapped pairs: how much of a pair's time overlap must save.
-fn compare_overlap(candidates: &mut [Candidate], layers: &[Layer], options: &PartitionOptions) -> Result<()> {
+fn compare_overlap(
+    candidates: &mut [Candidate],
+    layers: &[Layer],
+    options: &PartitionOptions,
+) -> Result<()> {
     let mut rival = f64::INFINITY;
     let mut with_pairs = Vec::new();
     for (index, candidate) in candidates.iter().enumerate() {
-        let Some(found) = &candidate.partition else { continue };
+        let Some(found) = &candidate.partition else {
+            continue;
+        };
         let schedule = candidate.request.generate()?;
-        if schedule.ops().iter().any(|op| op.kind == Kind::OverlapForward) {
+        if schedule
+            .ops()
+            .iter()
+            .any(|op| op.kind == Kind::OverlapForward)
+        {
             with_pairs.push((index, schedule));
         } else {
             rival = rival.min(found.makespan);
@@ -127,7 +141,9 @@ fn compare_overlap(candidates: &mut [Candidate], layers: &[Layer], options: &Par
         sizes: None,
     };
     for (index, schedule) in with_pairs {
-        let Some(found) = &candidates[index].partition else { continue };
+        let Some(found) = &candidates[index].partition else {
+            continue;
+        };
         let mut costs = stage_costs(layers, &found.bounds, schedule.layout(), options)?;
         let mut wins = |factor: f64| -> Result<bool> {
             costs.overlap_factor = factor;
@@ -152,14 +168,19 @@ fn compare_overlap(candidates: &mut [Candidate], layers: &[Layer], options: &Par
 }
 
 fn explain(candidates: &mut [Candidate], options: &PartitionOptions) {
-    let best = candidates.first().map_or(f64::INFINITY, |best| best.time_per_micro_batch);
+    let best = candidates
+        .first()
+        .map_or(f64::INFINITY, |best| best.time_per_micro_batch);
     for candidate in candidates {
         let Some(found) = &candidate.partition else {
             continue;
         };
         let mut why = vec![format!("bubble {:.1} %", 100.0 * found.bubble_ratio)];
         if candidate.time_per_micro_batch > best {
-            why.push(format!("{:.1} % slower than the best", 100.0 * (candidate.time_per_micro_batch / best - 1.0)));
+            why.push(format!(
+                "{:.1} % slower than the best",
+                100.0 * (candidate.time_per_micro_batch / best - 1.0)
+            ));
         }
         if let Some(factor) = candidate.wins_below_overlap {
             let now = options.overlap_factor;
@@ -171,7 +192,10 @@ fn explain(candidates: &mut [Candidate], options: &PartitionOptions) {
         }
         if let Some(most) = options.max_bytes {
             let fullest = found.rank_bytes.iter().copied().max().unwrap_or(0);
-            why.push(format!("fullest rank {:.0} % of the memory", 100.0 * fullest as f64 / most as f64));
+            why.push(format!(
+                "fullest rank {:.0} % of the memory",
+                100.0 * fullest as f64 / most as f64
+            ));
         }
         why.push(if found.exact {
             "partition optimal".to_owned()

@@ -101,8 +101,8 @@ pub fn simulate(schedule: &Schedule, costs: &Costs, options: &SimulateOptions) -
         engine.advance(rank);
     }
     let layout = schedule.layout();
-    let stuck = (0..layout.num_ranks())
-        .any(|rank| engine.position[rank] < schedule.stream(rank).len());
+    let stuck =
+        (0..layout.num_ranks()).any(|rank| engine.position[rank] < schedule.stream(rank).len());
     if stuck {
         verify(schedule, &VerifyOptions::default())?;
         return Err(Error::input(
@@ -126,7 +126,11 @@ pub fn simulate(schedule: &Schedule, costs: &Costs, options: &SimulateOptions) -
     }
     Ok(Timeline {
         makespan,
-        bubble_ratio: if offered > 0.0 { 1.0 - busy_in_all / offered } else { 0.0 },
+        bubble_ratio: if offered > 0.0 {
+            1.0 - busy_in_all / offered
+        } else {
+            0.0
+        },
         busy: engine.busy,
         peaks: peaks(schedule, &wires, options.sizes.as_ref()),
         spans,
@@ -264,7 +268,12 @@ impl<'a> Engine<'a> {
     }
 
     /// Runs an instruction, or a pair; says how many words of the stream that was.
-    fn compute(&mut self, rank: usize, op: Op, second: Option<Op>) -> std::result::Result<usize, usize> {
+    fn compute(
+        &mut self,
+        rank: usize,
+        op: Op,
+        second: Option<Op>,
+    ) -> std::result::Result<usize, usize> {
         let mut start = self.clock[rank].max(self.arrival(op)?);
         if self.options.sends == Sends::Blocking {
             while let Some(&message) = self.outstanding[rank].last() {
@@ -295,7 +304,12 @@ impl<'a> Engine<'a> {
         };
         let forward_time = self.costs.forward[stage];
         let apart = forward_time + self.costs.backward[usize::from(backward.stage)];
-        let time = scale * self.costs.pair.as_ref().map_or(self.costs.overlap_factor * apart, |pair| pair[stage]);
+        let time = scale
+            * self
+                .costs
+                .pair
+                .as_ref()
+                .map_or(self.costs.overlap_factor * apart, |pair| pair[stage]);
         let arrival = self.arrival(backward)?;
         let (forward_end, end) = match self.options.pairs {
             Pairs::Atomic => {
@@ -303,7 +317,11 @@ impl<'a> Engine<'a> {
                 (start + time, start + time)
             }
             Pairs::EarlyForward => {
-                let part = if apart > 0.0 { time * (forward_time / apart) } else { 0.0 };
+                let part = if apart > 0.0 {
+                    time * (forward_time / apart)
+                } else {
+                    0.0
+                };
                 let forward_end = start + part;
                 (forward_end, forward_end.max(arrival) + (time - part))
             }
@@ -334,7 +352,10 @@ impl<'a> Engine<'a> {
         let (message, consumer) = if op.kind.is_forward() {
             (2 * layout.slot(op), layout.next_rank(op.copy, op.stage))
         } else if op.kind.makes_gradient() {
-            (2 * layout.slot(op) + 1, layout.previous_rank(op.copy, op.stage))
+            (
+                2 * layout.slot(op) + 1,
+                layout.previous_rank(op.copy, op.stage),
+            )
         } else {
             self.recent[rank][half].0 = NOTHING;
             return;

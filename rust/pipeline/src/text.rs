@@ -25,7 +25,12 @@ impl Schedule {
         let mut text = String::with_capacity(64 + self.ops().len() * 8);
         // Writing into a string cannot fail.
         let _ = writeln!(text, "schedule {}", self.name());
-        let _ = writeln!(text, "ranks {}, stages {}", layout.num_ranks(), layout.num_stages());
+        let _ = writeln!(
+            text,
+            "ranks {}, stages {}",
+            layout.num_ranks(),
+            layout.num_stages()
+        );
         for (copy, ranks) in (0u8..).zip(layout.placement().chunks(layout.num_stages())) {
             let _ = write!(
                 text,
@@ -61,7 +66,13 @@ impl Schedule {
             .filter(|(_, line)| !line.is_empty());
         let mut next = |expected: &str| {
             lines.next().ok_or_else(|| {
-                Error::text("text_ends", (text.lines().count() + 1, 1), "", expected, "the text ends too early")
+                Error::text(
+                    "text_ends",
+                    (text.lines().count() + 1, 1),
+                    "",
+                    expected,
+                    "the text ends too early",
+                )
             })
         };
 
@@ -86,11 +97,15 @@ impl Schedule {
                 .strip_prefix(&format!("copy {}: ", micro_batches.len()))
                 .and_then(|rest| rest.split_once(" micro-batches through ranks "))
                 .and_then(|(count, ranks)| {
-                    let ranks: Option<Vec<u32>> = ranks.split_whitespace().map(whole_number).collect();
+                    let ranks: Option<Vec<u32>> =
+                        ranks.split_whitespace().map(whole_number).collect();
                     Some((whole_number(count)?, ranks?))
                 });
             let (count, ranks) = parsed.ok_or_else(|| {
-                let form = format!("`copy {}: N micro-batches through ranks ...`", micro_batches.len());
+                let form = format!(
+                    "`copy {}: N micro-batches through ranks ...`",
+                    micro_batches.len()
+                );
                 expected_line(number, line, &form)
             })?;
             if ranks.len() != num_stages as usize {
@@ -101,7 +116,12 @@ impl Schedule {
             placement.extend(ranks);
             (number, line) = next("`rank 0: ...`")?;
         }
-        let layout = Layout::new(num_ranks as usize, num_stages as usize, placement, micro_batches)?;
+        let layout = Layout::new(
+            num_ranks as usize,
+            num_stages as usize,
+            placement,
+            micro_batches,
+        )?;
 
         let mut ops = Vec::new();
         let mut starts = vec![0];
@@ -149,7 +169,10 @@ impl Schedule {
                 }
                 ops.push(op);
             }
-            if let Some(open) = ops[starts[rank]..].last().filter(|op| op.kind == Kind::OverlapForward) {
+            if let Some(open) = ops[starts[rank]..]
+                .last()
+                .filter(|op| op.kind == Kind::OverlapForward)
+            {
                 return Err(Error::text(
                     "torn_pair",
                     (number, ops.len() - starts[rank]),
@@ -179,5 +202,11 @@ fn expected_line(number: usize, line: &str, expected: &str) -> Error {
     if got.len() < line.len() {
         got.push_str("...");
     }
-    Error::text("unknown_line", (number, 1), got, expected, "the first lines name the schedule, its ranks and stages, and its copies; then one line per rank follows")
+    Error::text(
+        "unknown_line",
+        (number, 1),
+        got,
+        expected,
+        "the first lines name the schedule, its ranks and stages, and its copies; then one line per rank follows",
+    )
 }

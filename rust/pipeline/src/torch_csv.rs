@@ -66,7 +66,10 @@ impl Schedule {
             return Err(Error::input(
                 "bidirectional",
                 "schedule",
-                format!("{}, whose stage 0 lives on ranks {first} and {second}", self.name()),
+                format!(
+                    "{}, whose stage 0 lives on ranks {first} and {second}",
+                    self.name()
+                ),
                 "a schedule with every stage on one rank",
                 "PyTorch's CSV cannot say which copy of a stage is meant; use text or JSON",
             ));
@@ -92,9 +95,16 @@ impl Schedule {
             };
             let bounds: Vec<(u16, usize, usize)> = if frames {
                 let ends = layout.stages_of(rank).map(|(_, stage)| {
-                    let mut computes = stream.iter().enumerate().filter(|(_, op)| op.kind.is_compute() && op.stage == stage);
+                    let mut computes = stream
+                        .iter()
+                        .enumerate()
+                        .filter(|(_, op)| op.kind.is_compute() && op.stage == stage);
                     let begin = computes.next().map_or(0, |(at, _)| at);
-                    (stage, begin, computes.next_back().map_or(begin, |(at, _)| at))
+                    (
+                        stage,
+                        begin,
+                        computes.next_back().map_or(begin, |(at, _)| at),
+                    )
                 });
                 ends.collect()
             } else {
@@ -154,7 +164,13 @@ impl Schedule {
             rows.push(ops);
         }
         if rows.is_empty() {
-            return Err(Error::text("missing_row", (1, 1), "", "one row for every rank", "the file is empty"));
+            return Err(Error::text(
+                "missing_row",
+                (1, 1),
+                "",
+                "one row for every rank",
+                "the file is empty",
+            ));
         }
         if any.idle && any.comms {
             return Err(Error::input(
@@ -170,7 +186,10 @@ impl Schedule {
         let mut ops = Vec::new();
         let mut starts = vec![0];
         for row in rows {
-            ops.extend(row.into_iter().map(|cell| Op::new(cell.kind(older), 0, cell.stage, cell.micro_batch)));
+            ops.extend(
+                row.into_iter()
+                    .map(|cell| Op::new(cell.kind(older), 0, cell.stage, cell.micro_batch)),
+            );
             starts.push(ops.len());
         }
         let schedule = Self::new(name, layout, starts, ops)?;
@@ -197,7 +216,10 @@ impl Row<'_> {
     /// Writes a cell; of a pair, `next` is the backward.
     fn cell(&mut self, op: Op, next: Option<Op>) {
         let comms = self.options.form == Form::ComputeComms;
-        let waits = matches!(op.kind, Kind::WaitActivation | Kind::WaitGradient | Kind::WaitReduce);
+        let waits = matches!(
+            op.kind,
+            Kind::WaitActivation | Kind::WaitGradient | Kind::WaitReduce
+        );
         if !op.kind.is_compute() && (!comms || (waits && !self.options.waits)) {
             return;
         }
@@ -207,7 +229,12 @@ impl Row<'_> {
         // Writing into a string cannot fail.
         let _ = match (op.kind, next) {
             (Kind::OverlapForward, Some(backward)) => {
-                write!(self.text, "({};{})OVERLAP_F_B", self.simple(op), self.simple(backward))
+                write!(
+                    self.text,
+                    "({};{})OVERLAP_F_B",
+                    self.simple(op),
+                    self.simple(backward)
+                )
             }
             _ => write!(self.text, "{}", self.simple(op)),
         };
@@ -389,8 +416,15 @@ fn read_simple(cell: &str, any: &mut Seen) -> Option<Cell> {
 
 /// Which rank each stage is on; every stage up to the highest must be on exactly one.
 fn layout_of(rows: &[Vec<Cell>]) -> Result<Layout> {
-    let cells = || rows.iter().enumerate().flat_map(|(rank, row)| row.iter().map(move |cell| (rank, cell)));
-    let num_stages = cells().map(|(_, cell)| usize::from(cell.stage) + 1).max().unwrap_or(0);
+    let cells = || {
+        rows.iter()
+            .enumerate()
+            .flat_map(|(rank, row)| row.iter().map(move |cell| (rank, cell)))
+    };
+    let num_stages = cells()
+        .map(|(_, cell)| usize::from(cell.stage) + 1)
+        .max()
+        .unwrap_or(0);
     let last = cells().map(|(_, cell)| cell.micro_batch).max().unwrap_or(0);
     let mut ranks = vec![None; num_stages];
     for (rank, cell) in cells() {

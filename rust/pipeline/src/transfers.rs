@@ -38,7 +38,12 @@ pub(crate) fn place_checked(order: &Schedule) -> Result<Schedule> {
     if let Some(streams) = clock.finish() {
         let layout = order.layout().clone();
         let (starts, ops) = streams;
-        return Ok(Schedule::from_parts(order.name().into(), layout, starts, ops));
+        return Ok(Schedule::from_parts(
+            order.name().into(),
+            layout,
+            starts,
+            ops,
+        ));
     }
     // The order got stuck, so it breaks a rule; a proof would contradict that.
     Err(match verify(order, &VerifyOptions::default()) {
@@ -182,9 +187,11 @@ impl<'a> Clock<'a> {
         }
 
         let (weights_left, copies_left) = if reduces {
-            let per_stage = layout.placement().iter().enumerate().map(|(place, _)| {
-                layout.micro_batches((place / layout.num_stages()) as u8)
-            });
+            let per_stage = layout
+                .placement()
+                .iter()
+                .enumerate()
+                .map(|(place, _)| layout.micro_batches((place / layout.num_stages()) as u8));
             let weights: Vec<u32> = per_stage.collect();
             let copies = (0..layout.num_stages())
                 .map(|stage| {
@@ -302,9 +309,7 @@ impl<'a> Clock<'a> {
             _ if usize::from(op.stage) + 1 == layout.num_stages() => {
                 self.done[slot] & FORWARD_DONE != 0
             }
-            _ => {
-                self.done[slot] & FORWARD_DONE != 0 && self.done[slot + step] & GRADIENT_DONE != 0
-            }
+            _ => self.done[slot] & FORWARD_DONE != 0 && self.done[slot + step] & GRADIENT_DONE != 0,
         }
     }
 
@@ -319,12 +324,19 @@ impl<'a> Clock<'a> {
             };
             let (_, peer) = self.wires.ends(wire);
             let receive = match op.kind.is_forward() {
-                true => Op::new(Kind::ReceiveActivation, op.copy, op.stage + 1, op.micro_batch),
+                true => Op::new(
+                    Kind::ReceiveActivation,
+                    op.copy,
+                    op.stage + 1,
+                    op.micro_batch,
+                ),
                 false => Op::new(Kind::ReceiveGradient, op.copy, op.stage - 1, op.micro_batch),
             };
             let crosses = peer < rank && ended.contains(peer) && {
                 let back = Some(self.wires.reverse(wire));
-                self.current(peer).iter().any(|&op| self.wires.leaves_on(op) == back)
+                self.current(peer)
+                    .iter()
+                    .any(|&op| self.wires.leaves_on(op) == back)
             };
             if crosses {
                 late.push((peer, receive));
@@ -363,10 +375,22 @@ impl<'a> Clock<'a> {
             let slot = layout.slot(op);
             let (flag, key, send, wait, consumer) = if op.kind.is_forward() {
                 let next = layout.next_rank(op.copy, op.stage);
-                (FORWARD_DONE, 2 * slot, Kind::SendActivation, Kind::WaitActivation, next)
+                (
+                    FORWARD_DONE,
+                    2 * slot,
+                    Kind::SendActivation,
+                    Kind::WaitActivation,
+                    next,
+                )
             } else if op.kind.makes_gradient() {
                 let next = layout.previous_rank(op.copy, op.stage);
-                (GRADIENT_DONE, 2 * slot + 1, Kind::SendGradient, Kind::WaitGradient, next)
+                (
+                    GRADIENT_DONE,
+                    2 * slot + 1,
+                    Kind::SendGradient,
+                    Kind::WaitGradient,
+                    next,
+                )
             } else {
                 continue;
             };
@@ -437,7 +461,7 @@ impl<'a> Clock<'a> {
             if self.position[rank] != self.order.starts()[rank + 1] {
                 return None;
             }
-            for wire in self.wires.from_rank(rank) {
+            for wire in self.wires.out_of_rank(rank) {
                 self.wait_until(rank, wire, self.wire_states[wire].sent);
             }
             if let Some(waits) = self.reductions.get_mut(rank) {

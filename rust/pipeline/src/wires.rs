@@ -32,7 +32,8 @@ impl Wires {
         }
         ends.sort_unstable();
         ends.dedup();
-        let find = |from: u32, to: u32| ends.binary_search(&(from, to)).map_or(NONE, |at| at as u32);
+        let find =
+            |from: u32, to: u32| ends.binary_search(&(from, to)).map_or(NONE, |at| at as u32);
         let mut activation = vec![NONE; places.len()];
         let mut gradient = vec![NONE; places.len()];
         for (copy, ranks) in places.chunks(num_stages).enumerate() {
@@ -72,9 +73,13 @@ impl Wires {
     }
 
     /// The wires out of a rank.
-    pub(crate) fn from_rank(&self, rank: usize) -> std::ops::Range<usize> {
-        let begin = self.ends.partition_point(|&(from, _)| (from as usize) < rank);
-        let end = self.ends.partition_point(|&(from, _)| (from as usize) <= rank);
+    pub(crate) fn out_of_rank(&self, rank: usize) -> std::ops::Range<usize> {
+        let begin = self
+            .ends
+            .partition_point(|&(from, _)| (from as usize) < rank);
+        let end = self
+            .ends
+            .partition_point(|&(from, _)| (from as usize) <= rank);
         begin..end
     }
 

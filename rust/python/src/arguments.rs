@@ -1,7 +1,9 @@
 //! Python's numbers and arrays as the planner crates take them.
 
 use eplb::Load;
-use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods};
+use numpy::{
+    PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyBool;
 
@@ -41,8 +43,12 @@ pub(crate) fn count(value: &Bound<'_, PyAny>, argument: &'static str) -> PyResul
 pub(crate) struct LoadArray<'py>(PyReadonlyArray2<'py, f32>);
 
 impl<'py> LoadArray<'py> {
-    pub(crate) fn new(load: PyReadonlyArray2<'py, f32>) -> Self {
-        Self(load)
+    pub(crate) fn new(load: &Bound<'py, PyArray2<f32>>) -> PyResult<Self> {
+        if !load.is_c_contiguous() {
+            return Err(not_contiguous(load.py(), "load"));
+        }
+        let borrowed = load.try_readonly();
+        borrowed.map(Self).map_err(|_| in_use(load.py(), "load"))
     }
 
     /// Layers and experts.
@@ -67,6 +73,15 @@ impl<'py> LoadArray<'py> {
     }
 }
 
+/// An array that `eplb_rs` has flattened, and that nobody is writing to.
+pub(crate) fn borrowed<'py>(
+    array: &Bound<'py, PyArray1<i64>>,
+    argument: &'static str,
+) -> PyResult<PyReadonlyArray1<'py, i64>> {
+    let borrowed = array.try_readonly();
+    borrowed.map_err(|_| in_use(array.py(), argument))
+}
+
 /// The values of an array that `eplb_rs` has flattened.
 pub(crate) fn flat<'a>(
     array: &'a PyReadonlyArray1<'_, i64>,
@@ -85,5 +100,17 @@ pub(crate) fn not_contiguous(py: Python<'_>, argument: &str) -> PyErr {
         "a strided array",
         "C-contiguous",
         "numpy.ascontiguousarray makes it so",
+    )
+}
+
+/// An array that another call is writing to.
+pub(crate) fn in_use(py: Python<'_>, argument: &str) -> PyErr {
+    invalid_input(
+        py,
+        "in_use",
+        argument,
+        "an array that another call is writing to",
+        "an array that nobody writes to meanwhile",
+        "wait for the other call, or pass a copy",
     )
 }

@@ -1,13 +1,11 @@
 //! `Placement`, and what is asked of one.
 
 use numpy::ndarray::{ArrayView, Dim, Dimension, IntoDimension};
-use numpy::{
-    PyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
-};
+use numpy::{PyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 
-use crate::arguments::{LoadArray, count, flat};
+use crate::arguments::{LoadArray, borrowed, count, flat};
 use crate::errors::plan_error;
 use crate::topology::Topology;
 
@@ -26,20 +24,22 @@ impl Placement {
         py: Python<'_>,
         topology: &Topology,
         num_experts: &Bound<'_, PyAny>,
-        phy2log: PyReadonlyArray1<'_, i64>,
-        log2phy: Option<PyReadonlyArray1<'_, i64>>,
-        logcnt: Option<PyReadonlyArray1<'_, i64>>,
+        phy2log: &Bound<'_, PyArray1<i64>>,
+        log2phy: Option<&Bound<'_, PyArray1<i64>>>,
+        logcnt: Option<&Bound<'_, PyArray1<i64>>>,
     ) -> PyResult<Self> {
         let num_experts = count(num_experts, "num_experts")?;
         let topology = topology.0.clone();
-        let phy2log = flat(&phy2log, "phy2log")?.to_vec();
+        let values =
+            |array, argument| Ok::<_, PyErr>(flat(&borrowed(array, argument)?, argument)?.to_vec());
+        let phy2log = values(phy2log, "phy2log")?;
         let placement = match (log2phy, logcnt) {
             (Some(log2phy), Some(logcnt)) => eplb::Placement::new(
                 topology,
                 num_experts,
                 phy2log,
-                flat(&log2phy, "log2phy")?.to_vec(),
-                flat(&logcnt, "logcnt")?.to_vec(),
+                values(log2phy, "log2phy")?,
+                values(logcnt, "logcnt")?,
             ),
             _ => eplb::Placement::from_phy2log(topology, num_experts, phy2log),
         };
@@ -95,9 +95,9 @@ impl Placement {
     fn rank_load<'py>(
         &self,
         py: Python<'py>,
-        load: PyReadonlyArray2<'py, f32>,
+        load: &Bound<'py, PyArray2<f32>>,
     ) -> PyResult<Bound<'py, PyArray2<f64>>> {
-        let load = LoadArray::new(load);
+        let load = LoadArray::new(load)?;
         let ranks = self.0.rank_load(&load.checked()?);
         let ranks = ranks.map_err(|error| plan_error(py, &error))?;
         PyArray1::from_vec(py, ranks).reshape([self.num_layers(), self.0.topology().num_gpus()])
@@ -135,10 +135,10 @@ where
 #[pyfunction]
 pub(crate) fn lower_bound<'py>(
     py: Python<'py>,
-    load: PyReadonlyArray2<'py, f32>,
+    load: &Bound<'py, PyArray2<f32>>,
     topology: &Topology,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
-    let load = LoadArray::new(load);
+    let load = LoadArray::new(load)?;
     let bound = eplb::lower_bound(&load.checked()?, &topology.0);
     let bound = bound.map_err(|error| plan_error(py, &error))?;
     Ok(PyArray1::from_vec(py, bound))

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use eplb::{Load, PlacementMut, Policy};
 use numpy::ndarray::{Dimension, Ix2, Ix3};
 use numpy::{
-    BorrowError, PyArray, PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray2,
-    PyReadwriteArray,
+    BorrowError, PyArray, PyArray1, PyArray2, PyArray3, PyArrayDescrMethods, PyArrayMethods,
+    PyReadwriteArray, PyUntypedArray, PyUntypedArrayMethods, dtype,
 };
 use pyo3::prelude::*;
 
@@ -20,7 +20,7 @@ use crate::topology::Topology;
 /// The most slots, over all layers, that are planned without letting go of the interpreter:
 /// about 50 us of work. Getting it back costs 0.2 us from nobody, and up to a switch interval
 /// (5 ms) from a thread that computes in Python.
-const ATTACHED_SLOTS: usize = 8192;
+const ATTACHED_SLOTS: usize = 4096;
 
 /// `phy2log`, `log2phy` and `logcnt`.
 type Arrays<'py> = (
@@ -111,8 +111,8 @@ impl Planner {
     }
 
     /// Plans a load, float32 `[num_layers, num_experts]`, C-contiguous.
-    fn plan(&self, py: Python<'_>, load: PyReadonlyArray2<'_, f32>) -> PyResult<Placement> {
-        let load = LoadArray::new(load);
+    fn plan(&self, py: Python<'_>, load: &Bound<'_, PyArray2<f32>>) -> PyResult<Placement> {
+        let load = LoadArray::new(load)?;
         self.run(py, &load, |load| self.planner.plan(load))
             .map(Placement)
     }
@@ -121,7 +121,7 @@ impl Planner {
     fn plan_arrays<'py>(
         &self,
         py: Python<'py>,
-        load: PyReadonlyArray2<'py, f32>,
+        load: &Bound<'py, PyArray2<f32>>,
     ) -> PyResult<Arrays<'py>> {
         let placement = self.plan(py, load)?.0;
         let (layers, experts) = (placement.num_layers(), placement.num_experts());
@@ -140,15 +140,18 @@ impl Planner {
     fn plan_into(
         &self,
         py: Python<'_>,
-        load: PyReadonlyArray2<'_, f32>,
+        load: &Bound<'_, PyArray2<f32>>,
         phy2log: &Bound<'_, PyAny>,
         log2phy: Option<&Bound<'_, PyAny>>,
         logcnt: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
-        let mut phy2log = buffer::<Ix2>(phy2log, "phy2log")?;
-        let mut logcnt = buffer::<Ix2>(logcnt, "logcnt")?;
+        let load = LoadArray::new(load)?;
+        let (layers, experts) = load.shape();
+        let slots = self.planner.topology().num_slots();
+        let mut phy2log = buffer::<Ix2>(phy2log, "phy2log", &[layers, slots])?;
+        let mut logcnt = buffer::<Ix2>(logcnt, "logcnt", &[layers, experts])?;
         let mut log2phy = log2phy
-            .map(|log2phy| buffer::<Ix3>(log2phy, "log2phy"))
+            .map(|log2phy| buffer::<Ix3>(log2phy, "log2phy", &[layers, experts]))
             .transpose()?;
         let mut out = PlacementMut {
             phy2log: contiguous(py, &mut phy2log, "phy2log")?,
@@ -158,7 +161,7 @@ impl Planner {
             },
             logcnt: contiguous(py, &mut logcnt, "logcnt")?,
         };
-        let draft = self.run(py, &LoadArray::new(load), |load| self.planner.draft(load))?;
+        let draft = self.run(py, &load, |load| self.planner.draft(load))?;
         // Attached: nobody may see the buffers half written.
         let start = Instant::now();
         let written = draft.write_into(&mut out);
@@ -209,27 +212,46 @@ fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// A writable int64 array of `D` dimensions that nobody else is writing.
+/// A writable int64 array of `D` dimensions, of which the first are given, that nobody else is
+/// writing.
 fn buffer<'py, D: Dimension>(
     array: &Bound<'py, PyAny>,
     argument: &'static str,
+    shape: &[usize],
 ) -> PyResult<PyReadwriteArray<'py, i64, D>> {
     let py = array.py();
+    let num_dimensions = D::NDIM.unwrap_or(0);
     let refuse = |code, got: &str, hint| {
+        let sizes: Vec<_> = shape.iter().map(ToString::to_string).collect();
+        let open = if num_dimensions > shape.len() {
+            ", width"
+        } else {
+            ""
+        };
         let expected = format!(
-            "a writable C-contiguous int64 array of {} dimensions",
-            D::NDIM.unwrap_or(0)
+            "a writable C-contiguous int64 array of shape ({}{open})",
+            sizes.join(", ")
         );
         invalid_input(py, code, argument, got, &expected, hint)
     };
-    let Ok(array) = array.cast::<PyArray<i64, D>>() else {
-        let kind = array.get_type().to_string();
-        return Err(refuse(
-            "wrong_dtype",
-            &kind,
-            "Planner.allocate makes buffers that fit",
-        ));
+    let makes = "Planner.allocate makes buffers that fit";
+    let Ok(untyped) = array.cast::<PyUntypedArray>() else {
+        return Err(refuse("wrong_type", &array.get_type().to_string(), makes));
     };
+    if !untyped.dtype().is_equiv_to(&dtype::<i64>(py)) {
+        let got = format!("dtype {}", untyped.dtype());
+        return Err(refuse("wrong_dtype", &got, makes));
+    }
+    let (Ok(array), true) = (
+        array.cast::<PyArray<i64, D>>(),
+        untyped.shape().starts_with(shape),
+    ) else {
+        let got = format!("shape {}", untyped.getattr("shape")?);
+        return Err(refuse("wrong_shape", &got, makes));
+    };
+    if !untyped.is_c_contiguous() {
+        return Err(not_contiguous(py, argument));
+    }
     array.try_readwrite().map_err(|error| match error {
         BorrowError::NotWriteable => refuse("read_only", "a read-only array", ""),
         _ => refuse(

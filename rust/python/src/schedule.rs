@@ -3,8 +3,8 @@
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pipeline::verify::{Transport, VerifyOptions, verify};
 use pipeline::{
-    Costs, CsvOptions, Dialect, Form, Links, Method, Pairs, Peak, Request, Sends,
-    SimulateOptions, Sizes, place_transfers, simulate,
+    Costs, CsvOptions, Dialect, Form, Links, Method, Pairs, Peak, Request, Sends, SimulateOptions,
+    Sizes, place_transfers, simulate,
 };
 use pyo3::prelude::*;
 
@@ -43,7 +43,11 @@ impl Schedule {
                 stages_per_rank,
                 forward_only,
             };
-            if transfers { request.generate() } else { request.order() }
+            if transfers {
+                request.generate()
+            } else {
+                request.order()
+            }
         };
         let work = num_ranks.saturating_mul(num_micro_batches as usize);
         Self::made(py, work, run)
@@ -56,7 +60,9 @@ impl Schedule {
 
     #[staticmethod]
     fn from_csv(py: Python<'_>, text: &str, name: &str) -> PyResult<Self> {
-        Self::made(py, text.len(), || pipeline::Schedule::from_torch_csv(text, name))
+        Self::made(py, text.len(), || {
+            pipeline::Schedule::from_torch_csv(text, name)
+        })
     }
 
     fn text(&self, py: Python<'_>) -> String {
@@ -65,8 +71,16 @@ impl Schedule {
 
     fn to_csv(&self, py: Python<'_>, comms: bool, older: bool, waits: bool) -> PyResult<String> {
         let options = CsvOptions {
-            form: if comms { Form::ComputeComms } else { Form::ComputeOnly },
-            dialect: if older { Dialect::Older } else { Dialect::Current },
+            form: if comms {
+                Form::ComputeComms
+            } else {
+                Form::ComputeOnly
+            },
+            dialect: if older {
+                Dialect::Older
+            } else {
+                Dialect::Current
+            },
             waits,
         };
         self.detached(py, |schedule| schedule.to_torch_csv(options))
@@ -88,7 +102,6 @@ impl Schedule {
     }
 
     /// (peaks, transports, messages), or the exception for the first rule broken.
-    #[expect(clippy::type_complexity, reason = "it is taken apart at once by its one caller")]
     fn verify<'py>(
         &self,
         py: Python<'py>,
@@ -101,7 +114,11 @@ impl Schedule {
         let options = VerifyOptions {
             transports: transports
                 .iter()
-                .filter_map(|name| Transport::ALL.into_iter().find(|transport| transport.name() == name))
+                .filter_map(|name| {
+                    Transport::ALL
+                        .into_iter()
+                        .find(|transport| transport.name() == name)
+                })
                 .collect(),
             sizes: sizes(activation_bytes, message_bytes)?,
             max_activations,
@@ -110,12 +127,23 @@ impl Schedule {
         let proof = self
             .detached(py, |schedule| verify(schedule, &options))
             .map_err(|error| schedule_error(py, &error))?;
-        let transports = proof.transports.iter().map(|transport| transport.name()).collect();
-        Ok((peak_arrays(py, &proof.peaks), transports, proof.num_messages))
+        let transports = proof
+            .transports
+            .iter()
+            .map(|transport| transport.name())
+            .collect();
+        Ok((
+            peak_arrays(py, &proof.peaks),
+            transports,
+            proof.num_messages,
+        ))
     }
 
     /// (makespan, busy, bubble ratio, peaks, (op, start, end) of every computation, bounds).
-    #[expect(clippy::type_complexity, reason = "it is taken apart at once by its one caller")]
+    #[expect(
+        clippy::type_complexity,
+        reason = "it is taken apart at once by its one caller"
+    )]
     #[expect(clippy::too_many_arguments, reason = "one argument for every array")]
     fn simulate<'py>(
         &self,
@@ -146,15 +174,25 @@ impl Schedule {
             backward_weight: backward_weight.as_slice()?.to_vec(),
             rank_factor: rank_factor.as_slice()?.to_vec(),
             overlap_factor,
-            pair: pair.map(|pair| pair.as_slice().map(<[f64]>::to_vec)).transpose()?,
+            pair: pair
+                .map(|pair| pair.as_slice().map(<[f64]>::to_vec))
+                .transpose()?,
             latency: links(&latency)?,
             bandwidth: links(&bandwidth)?,
             message_bytes: message_bytes.as_slice()?.to_vec(),
         };
         let (activation_bytes, output_bytes) = sizes_bytes.unzip();
         let options = SimulateOptions {
-            sends: if blocking { Sends::Blocking } else { Sends::Asynchronous },
-            pairs: if early_forward { Pairs::EarlyForward } else { Pairs::Atomic },
+            sends: if blocking {
+                Sends::Blocking
+            } else {
+                Sends::Asynchronous
+            },
+            pairs: if early_forward {
+                Pairs::EarlyForward
+            } else {
+                Pairs::Atomic
+            },
             sizes: sizes(activation_bytes, output_bytes)?,
         };
         let timeline = self
@@ -170,7 +208,11 @@ impl Schedule {
             timeline.busy.into_pyarray(py),
             timeline.bubble_ratio,
             peak_arrays(py, &timeline.peaks),
-            (ops.into_pyarray(py), starts.into_pyarray(py), ends.into_pyarray(py)),
+            (
+                ops.into_pyarray(py),
+                starts.into_pyarray(py),
+                ends.into_pyarray(py),
+            ),
             bounds.into_pyarray(py),
         ))
     }
@@ -198,7 +240,9 @@ impl Schedule {
     #[getter]
     fn micro_batches(&self) -> Vec<u32> {
         let layout = self.0.layout();
-        (0..layout.num_copies() as u8).map(|copy| layout.micro_batches(copy)).collect()
+        (0..layout.num_copies() as u8)
+            .map(|copy| layout.micro_batches(copy))
+            .collect()
     }
 
     /// The rank of every stage, copy by copy.
@@ -221,7 +265,12 @@ impl Schedule {
     fn arrays<'py>(
         &self,
         py: Python<'py>,
-    ) -> (Array<'py, u8>, Array<'py, u8>, Array<'py, u16>, Array<'py, u32>) {
+    ) -> (
+        Array<'py, u8>,
+        Array<'py, u8>,
+        Array<'py, u16>,
+        Array<'py, u32>,
+    ) {
         let ops = self.0.ops();
         let kinds: Vec<u8> = ops.iter().map(|op| op.kind as u8).collect();
         let copies: Vec<u8> = ops.iter().map(|op| op.copy).collect();
@@ -253,11 +302,19 @@ impl Schedule {
         work: usize,
         make: impl FnOnce() -> pipeline::Result<pipeline::Schedule> + Send,
     ) -> PyResult<Self> {
-        let made = if work < DETACH_FROM { make() } else { py.detach(make) };
+        let made = if work < DETACH_FROM {
+            make()
+        } else {
+            py.detach(make)
+        };
         made.map(Self).map_err(|error| schedule_error(py, &error))
     }
 
-    fn detached<T: Send>(&self, py: Python<'_>, work: impl FnOnce(&pipeline::Schedule) -> T + Send) -> T {
+    fn detached<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&pipeline::Schedule) -> T + Send,
+    ) -> T {
         if self.0.layout().num_slots() < DETACH_FROM {
             work(&self.0)
         } else {

@@ -2,7 +2,7 @@
 
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pipeline::{
-    Candidate, Layer, Method, Partition, PartitionOptions, Request, SearchRequest, Pairs, Sends,
+    Candidate, Layer, Method, Pairs, Partition, PartitionOptions, Request, SearchRequest, Sends,
 };
 use pyo3::prelude::*;
 
@@ -84,8 +84,10 @@ pub(crate) fn search_schedules<'py>(
 ) -> PyResult<Vec<Tried<'py>>> {
     let methods: pipeline::Result<Vec<Method>> =
         methods.iter().map(|name| Method::from_name(name)).collect();
-    let loads: PyResult<Vec<(u32, Vec<Layer>)>> =
-        loads.iter().map(|(count, layers)| Ok((*count, layers_of(layers)?))).collect();
+    let loads: PyResult<Vec<(u32, Vec<Layer>)>> = loads
+        .iter()
+        .map(|(count, layers)| Ok((*count, layers_of(layers)?)))
+        .collect();
     let request = SearchRequest {
         num_ranks,
         methods: methods.map_err(|error| schedule_error(py, &error))?,
@@ -96,7 +98,10 @@ pub(crate) fn search_schedules<'py>(
     let candidates = py
         .detach(|| pipeline::search(&request))
         .map_err(|error| schedule_error(py, &error))?;
-    Ok(candidates.into_iter().map(|candidate| tried(py, candidate)).collect())
+    Ok(candidates
+        .into_iter()
+        .map(|candidate| tried(py, candidate))
+        .collect())
 }
 
 fn tried(py: Python<'_>, candidate: Candidate) -> Tried<'_> {
@@ -138,8 +143,16 @@ fn options_of(machine: &Machine<'_>) -> PyResult<PartitionOptions> {
         latency: links(latency)?,
         bandwidth: links(bandwidth)?,
         overlap_factor: *overlap_factor,
-        pairs: if *early { Pairs::EarlyForward } else { Pairs::Atomic },
-        sends: if *blocking { Sends::Blocking } else { Sends::Asynchronous },
+        pairs: if *early {
+            Pairs::EarlyForward
+        } else {
+            Pairs::Atomic
+        },
+        sends: if *blocking {
+            Sends::Blocking
+        } else {
+            Sends::Asynchronous
+        },
         max_bytes: limits.0,
         max_simulations: limits.1,
     })
@@ -155,13 +168,15 @@ fn layers_of(arrays: &LayerArrays<'_>) -> PyResult<Vec<Layer>> {
     let bytes = parameters.iter().zip(activations).zip(messages);
     Ok(times
         .zip(bytes)
-        .map(|(((&forward, &backward_input), &backward_weight), ((&p, &a), &m))| Layer {
-            forward,
-            backward_input,
-            backward_weight,
-            parameter_bytes: p,
-            activation_bytes: a,
-            message_bytes: m,
-        })
+        .map(
+            |(((&forward, &backward_input), &backward_weight), ((&p, &a), &m))| Layer {
+                forward,
+                backward_input,
+                backward_weight,
+                parameter_bytes: p,
+                activation_bytes: a,
+                message_bytes: m,
+            },
+        )
         .collect())
 }

@@ -65,8 +65,13 @@ fn raise(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
 }
 
 fn describe(kwargs: &Bound<'_, PyDict>, violation: &Violation) -> PyResult<()> {
-    let instruction = violation.op.map_or_else(|| "the end".to_owned(), |op| op.to_string());
-    let got = format!("rank {}, instruction {}: {instruction}", violation.rank, violation.index);
+    let instruction = violation
+        .op
+        .map_or_else(|| "the end".to_owned(), |op| op.to_string());
+    let got = format!(
+        "rank {}, instruction {}: {instruction}",
+        violation.rank, violation.index
+    );
     let waits: Vec<_> = violation
         .waits
         .iter()
@@ -74,12 +79,18 @@ fn describe(kwargs: &Bound<'_, PyDict>, violation: &Violation) -> PyResult<()> {
         .collect();
     kwargs.set_item("argument", "schedule")?;
     kwargs.set_item("got", got)?;
-    kwargs.set_item("expected", format!("a schedule that keeps the rule {:?}", violation.rule.code()))?;
+    kwargs.set_item(
+        "expected",
+        format!("a schedule that keeps the rule {:?}", violation.rule.code()),
+    )?;
     kwargs.set_item("hint", &violation.message)?;
     kwargs.set_item("rank", violation.rank)?;
     kwargs.set_item("index", violation.index)?;
     kwargs.set_item("instruction", instruction)?;
-    kwargs.set_item("transport", violation.transport.map(|transport| transport.name()))?;
+    kwargs.set_item(
+        "transport",
+        violation.transport.map(|transport| transport.name()),
+    )?;
     kwargs.set_item("waits", waits)?;
     kwargs.set_item("report", violation.to_string())
 }

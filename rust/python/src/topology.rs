@@ -8,6 +8,12 @@ use crate::arguments::count;
 use crate::errors::plan_error;
 
 /// The machines: nodes, the GPUs in them, and the expert slots on each GPU.
+///
+/// Each GPU is one rank of expert parallelism. Ranks are numbered node by node, slots rank by
+/// rank.
+///
+/// Raises:
+///     InvalidInputError: ``not_positive``, ``not_integer`` or ``too_large`` for a count.
 #[pyclass(frozen, eq, module = "eplb_rs")]
 #[derive(PartialEq, Eq, Hash)]
 pub(crate) struct Topology(pub(crate) eplb::Topology);
@@ -29,7 +35,11 @@ impl Topology {
         topology.map(Self).map_err(|error| plan_error(py, &error))
     }
 
-    /// A topology from its totals, as `rebalance_experts` takes them.
+    /// The topology with these totals, as :func:`eplb_rs.rebalance_experts` takes them.
+    ///
+    /// Raises:
+    ///     InvalidInputError: As the constructor; ``not_multiple`` if ``num_gpus`` does not divide
+    ///         over the nodes or ``num_replicas`` over the GPUs.
     #[staticmethod]
     #[pyo3(signature = (*, num_replicas, num_nodes, num_gpus))]
     fn from_totals(
@@ -46,26 +56,31 @@ impl Topology {
         topology.map(Self).map_err(|error| plan_error(py, &error))
     }
 
+    /// How many nodes there are.
     #[getter]
     fn num_nodes(&self) -> usize {
         self.0.num_nodes()
     }
 
+    /// How many GPUs each node has.
     #[getter]
     fn gpus_per_node(&self) -> usize {
         self.0.gpus_per_node()
     }
 
+    /// How many expert slots each GPU has.
     #[getter]
     fn slots_per_gpu(&self) -> usize {
         self.0.slots_per_gpu()
     }
 
+    /// How many GPUs there are, over all nodes.
     #[getter]
     fn num_gpus(&self) -> usize {
         self.0.num_gpus()
     }
 
+    /// How many slots there are, over all GPUs.
     #[getter]
     fn num_slots(&self) -> usize {
         self.0.num_slots()

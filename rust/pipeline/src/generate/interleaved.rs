@@ -47,7 +47,11 @@ pub(super) fn one_for_one(
     warm: usize,
     lag: Option<usize>,
 ) {
-    let kind = if lag.is_some() { Kind::BackwardInput } else { Kind::Backward };
+    let kind = if lag.is_some() {
+        Kind::BackwardInput
+    } else {
+        Kind::Backward
+    };
     for &(stage, c) in &forwards[..warm] {
         order.push(Kind::Forward, 0, stage, c);
     }
@@ -78,7 +82,9 @@ impl Rounds {
     fn new(p: usize, m: u32, v: usize) -> Self {
         let count = (m / u32::try_from(p).unwrap_or(u32::MAX)).max(1);
         let (size, longer) = (m / count, m % count);
-        let sizes = (0..count).map(|round| size + u32::from(round < longer)).collect();
+        let sizes = (0..count)
+            .map(|round| size + u32::from(round < longer))
+            .collect();
         Self { sizes, v, m }
     }
 

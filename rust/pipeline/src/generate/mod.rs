@@ -11,8 +11,8 @@ mod interleaved;
 mod one_f_one_b;
 mod order;
 mod v_blocks;
-mod zero_bubble;
 mod zbv;
+mod zero_bubble;
 
 use crate::error::{Error, Result};
 use crate::schedule::Schedule;
@@ -267,7 +267,11 @@ impl Request {
                 format!("even for {}", method.name()),
                 format!(
                     "its two directions mirror each other; nearest: {}{}{}",
-                    if num_ranks > 1 { (num_ranks - 1).to_string() } else { String::new() },
+                    if num_ranks > 1 {
+                        (num_ranks - 1).to_string()
+                    } else {
+                        String::new()
+                    },
                     if num_ranks > 1 { ", " } else { "" },
                     num_ranks + 1
                 ),

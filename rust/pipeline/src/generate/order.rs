@@ -15,7 +15,12 @@ pub(super) enum Placement {
     V,
 }
 
-pub(super) fn single_copy(p: usize, per_rank: usize, m: u32, placement: Placement) -> Result<Layout> {
+pub(super) fn single_copy(
+    p: usize,
+    per_rank: usize,
+    m: u32,
+    placement: Placement,
+) -> Result<Layout> {
     let num_stages = p.saturating_mul(per_rank);
     if num_stages > usize::from(u16::MAX) {
         // The layout names the limit.
@@ -59,7 +64,8 @@ impl Order {
 
     #[inline]
     pub(super) fn push(&mut self, kind: Kind, copy: u8, stage: usize, micro_batch: u32) {
-        self.ops.push(Op::new(kind, copy, stage as u16, micro_batch));
+        self.ops
+            .push(Op::new(kind, copy, stage as u16, micro_batch));
     }
 
     /// Ends the stream of the current rank.
@@ -94,8 +100,12 @@ impl Order {
                     continue;
                 }
                 kept.push(match op.kind {
-                    Kind::OverlapForward if !exists(stream[index + 1]) => op.with_kind(Kind::Forward),
-                    Kind::OverlapBackward if !exists(stream[index - 1]) => op.with_kind(Kind::Backward),
+                    Kind::OverlapForward if !exists(stream[index + 1]) => {
+                        op.with_kind(Kind::Forward)
+                    }
+                    Kind::OverlapBackward if !exists(stream[index - 1]) => {
+                        op.with_kind(Kind::Backward)
+                    }
                     _ => op,
                 });
             }

@@ -94,7 +94,9 @@ impl Machine<'_> {
                 .input(op)
                 .or_else(|| stream.get(at + 1).and_then(|&second| self.input(second))),
             Kind::Forward | Kind::Backward | Kind::BackwardInput => self.input(op),
-            Kind::SendActivation | Kind::SendGradient if self.transport == Transport::Rendezvous => {
+            Kind::SendActivation | Kind::SendGradient
+                if self.transport == Transport::Rendezvous =>
+            {
                 let slot = self.schedule.layout().slot(op);
                 self.holds(slot, POSTED, op.kind == Kind::SendGradient)
             }
@@ -234,7 +236,10 @@ impl Machine<'_> {
                 }
             };
             let lowest = circle.iter().min() < best.iter().min();
-            if best.is_empty() || circle.len() < best.len() || (circle.len() == best.len() && lowest) {
+            if best.is_empty()
+                || circle.len() < best.len()
+                || (circle.len() == best.len() && lowest)
+            {
                 best = circle.to_vec();
             }
         }
@@ -254,7 +259,9 @@ impl Machine<'_> {
                 })
             })
             .collect();
-        let (rank, index) = waits.first().map_or((stuck[0], 0), |wait| (wait.rank, wait.index));
+        let (rank, index) = waits
+            .first()
+            .map_or((stuck[0], 0), |wait| (wait.rank, wait.index));
         let message = if waits.len() == 1 {
             "it waits for what comes later on the same rank; move that before it".to_owned()
         } else {

@@ -84,7 +84,11 @@ impl Posts {
     }
 
     /// The first pair that disagrees, as a deadlock of the one queue.
-    pub(super) fn check_mirrored(&self, schedule: &Schedule, wires: &Wires) -> Result<(), Violation> {
+    pub(super) fn check_mirrored(
+        &self,
+        schedule: &Schedule,
+        wires: &Wires,
+    ) -> Result<(), Violation> {
         for wire in 0..wires.len() {
             let reverse = wires.reverse(wire);
             let (here, there) = (self.of(wire), self.of(reverse));
@@ -100,20 +104,33 @@ impl Posts {
             let peer_index = post_index(schedule, wires, peer, second);
             let message = format!(
                 "it is number {at} in the queue of ranks {rank} and {peer}, but rank {peer} has {} there: neither can meet its counterpart; post in the same order at both ends",
-                schedule.stream(peer).get(peer_index).map_or_else(String::new, Op::to_string),
+                schedule
+                    .stream(peer)
+                    .get(peer_index)
+                    .map_or_else(String::new, Op::to_string),
             );
-            return Err(Violation::at(schedule, Rule::Deadlock, rank, index, message)
-                .with_other(schedule, peer, peer_index)
-                .under(Transport::Queue));
+            return Err(
+                Violation::at(schedule, Rule::Deadlock, rank, index, message)
+                    .with_other(schedule, peer, peer_index)
+                    .under(Transport::Queue),
+            );
         }
         Ok(())
     }
 
     /// Sends of one direction in the order of their receives, whatever the transport.
-    fn check_order(&self, schedule: &Schedule, wires: &Wires, sender_of: impl Fn(u64) -> usize) -> Result<(), Violation> {
+    fn check_order(
+        &self,
+        schedule: &Schedule,
+        wires: &Wires,
+        sender_of: impl Fn(u64) -> usize,
+    ) -> Result<(), Violation> {
         for wire in 0..wires.len() {
             let (rank, peer) = wires.ends(wire);
-            let sent = self.of(wire).iter().filter(|&&message| sender_of(message) == rank);
+            let sent = self
+                .of(wire)
+                .iter()
+                .filter(|&&message| sender_of(message) == rank);
             let received = self
                 .of(wires.reverse(wire))
                 .iter()
@@ -123,10 +140,15 @@ impl Posts {
                 let peer_index = post_index(schedule, wires, peer, second);
                 let message = format!(
                     "rank {peer} expects {} next from rank {rank}; send in the order of the receives",
-                    schedule.stream(peer).get(peer_index).map_or_else(String::new, Op::to_string),
+                    schedule
+                        .stream(peer)
+                        .get(peer_index)
+                        .map_or_else(String::new, Op::to_string),
                 );
-                return Err(Violation::at(schedule, Rule::MessageOrder, rank, index, message)
-                    .with_other(schedule, peer, peer_index));
+                return Err(
+                    Violation::at(schedule, Rule::MessageOrder, rank, index, message)
+                        .with_other(schedule, peer, peer_index),
+                );
             }
         }
         Ok(())
@@ -170,10 +192,15 @@ struct Walk<'a> {
 }
 
 /// Walks every stream.
-pub(super) fn scan(schedule: &Schedule, wires: &Wires, options: &VerifyOptions) -> Result<Scan, Violation> {
+pub(super) fn scan(
+    schedule: &Schedule,
+    wires: &Wires,
+    options: &VerifyOptions,
+) -> Result<Scan, Violation> {
     let layout = schedule.layout();
     let places = layout.placement().len();
-    let weights_left = (0..places).map(|place| layout.micro_batches((place / layout.num_stages()) as u8));
+    let weights_left =
+        (0..places).map(|place| layout.micro_batches((place / layout.num_stages()) as u8));
     let mut walk = Walk {
         schedule,
         wires,
@@ -193,7 +220,8 @@ pub(super) fn scan(schedule: &Schedule, wires: &Wires, options: &VerifyOptions) 
     if schedule.has_transfers() && !walk.posts.mirrored(wires) {
         let sender_of = |message: u64| {
             let slot = (message / 2) as usize;
-            walk.place_of(slot).map_or(usize::MAX, |(copy, stage)| layout.rank_of(copy, stage))
+            walk.place_of(slot)
+                .map_or(usize::MAX, |(copy, stage)| layout.rank_of(copy, stage))
         };
         walk.posts.check_order(schedule, wires, sender_of)?;
     }
@@ -214,7 +242,10 @@ impl Walk<'_> {
                 .map_err(|(rule, message)| Violation::at(schedule, rule, rank, index, message))?;
             meter.run(op);
             let peak = meter.peak();
-            let held = if options.max_activations.is_some_and(|most| peak.activations > most) {
+            let held = if options
+                .max_activations
+                .is_some_and(|most| peak.activations > most)
+            {
                 format!("{} activations", peak.activations)
             } else if options.max_bytes.is_some_and(|most| peak.bytes > most) {
                 format!("{} bytes", peak.bytes)
@@ -228,16 +259,17 @@ impl Walk<'_> {
     }
 
     #[inline]
-    fn instruction(
-        &mut self,
-        rank: usize,
-        index: usize,
-        op: Op,
-    ) -> Result<(), (Rule, String)> {
+    fn instruction(&mut self, rank: usize, index: usize, op: Op) -> Result<(), (Rule, String)> {
         let layout = self.schedule.layout();
         let home = layout.rank_of(op.copy, op.stage);
         if home != rank {
-            return Err((Rule::Placement, format!("stage {} of copy {} lives on rank {home}", op.stage, op.copy)));
+            return Err((
+                Rule::Placement,
+                format!(
+                    "stage {} of copy {} lives on rank {home}",
+                    op.stage, op.copy
+                ),
+            ));
         }
         if !op.kind.has_micro_batch() {
             return self.whole_stage(op);
@@ -259,9 +291,23 @@ impl Walk<'_> {
         };
         if met & excludes != 0 {
             return Err(if met & excludes & !bit == 0 || op.kind == Kind::Backward {
-                (Rule::Twice, format!("micro-batch {} has had its {} on stage {} already", op.micro_batch, op.kind.describe(), op.stage))
+                (
+                    Rule::Twice,
+                    format!(
+                        "micro-batch {} has had its {} on stage {} already",
+                        op.micro_batch,
+                        op.kind.describe(),
+                        op.stage
+                    ),
+                )
             } else {
-                (Rule::Order, format!("micro-batch {} is further on stage {} already; move it forward", op.micro_batch, op.stage))
+                (
+                    Rule::Order,
+                    format!(
+                        "micro-batch {} is further on stage {} already; move it forward",
+                        op.micro_batch, op.stage
+                    ),
+                )
             });
         }
         if met & needs != needs {
@@ -270,7 +316,13 @@ impl Walk<'_> {
                 I => "the backward for the input",
                 _ => "the send",
             };
-            return Err((Rule::Order, format!("{missing} of micro-batch {} on stage {} must come before", op.micro_batch, op.stage)));
+            return Err((
+                Rule::Order,
+                format!(
+                    "{missing} of micro-batch {} on stage {} must come before",
+                    op.micro_batch, op.stage
+                ),
+            ));
         }
         if op.kind.is_compute() {
             self.computes(rank, index, op, slot)?;
@@ -283,7 +335,13 @@ impl Walk<'_> {
 
     /// A forward or a backward: its input must have been asked for, or been made on this rank.
     #[inline]
-    fn computes(&mut self, rank: usize, index: usize, op: Op, slot: usize) -> Result<(), (Rule, String)> {
+    fn computes(
+        &mut self,
+        rank: usize,
+        index: usize,
+        op: Op,
+        slot: usize,
+    ) -> Result<(), (Rule, String)> {
         let layout = self.schedule.layout();
         let step = layout.slot_step(op.copy);
         let (source, made, received, what) = match op.kind {
@@ -303,8 +361,13 @@ impl Walk<'_> {
                 }
                 if op.kind == Kind::OverlapBackward {
                     let partner = self.schedule.stream(rank)[index - 1];
-                    if (partner.copy, partner.stage, partner.micro_batch) == (op.copy, op.stage, op.micro_batch) {
-                        return Err((Rule::Order, "a pair cannot run a micro-batch's forward and backward at once".into()));
+                    if (partner.copy, partner.stage, partner.micro_batch)
+                        == (op.copy, op.stage, op.micro_batch)
+                    {
+                        return Err((
+                            Rule::Order,
+                            "a pair cannot run a micro-batch's forward and backward at once".into(),
+                        ));
                     }
                 }
                 if usize::from(op.stage) + 1 == layout.num_stages() {
@@ -316,14 +379,21 @@ impl Walk<'_> {
         if self.wires.arrives_on(op).is_none() {
             // The same rank holds the neighbouring stage: program order decides.
             if self.met[source] & made == 0 {
-                let message = format!("its input, the {what} of the neighbouring stage on this rank, is not there yet; move it back");
+                let message = format!(
+                    "its input, the {what} of the neighbouring stage on this rank, is not there yet; move it back"
+                );
                 return Err((Rule::Order, message));
             }
             if op.kind == Kind::OverlapBackward && self.pairs_with_source(rank, index, source) {
-                return Err((Rule::Order, "one half of the pair needs the other's result".into()));
+                return Err((
+                    Rule::Order,
+                    "one half of the pair needs the other's result".into(),
+                ));
             }
         } else if self.schedule.has_transfers() && self.met[slot] & received == 0 {
-            let message = format!("its input, an {what} from another rank, has not been asked for; put the receive before it");
+            let message = format!(
+                "its input, an {what} from another rank, has not been asked for; put the receive before it"
+            );
             return Err((Rule::Pairing, message.replace("an gradient", "a gradient")));
         }
         Ok(())
@@ -337,7 +407,8 @@ impl Walk<'_> {
 
     #[inline]
     fn ends(&mut self, op: Op) {
-        let place = usize::from(op.copy) * self.schedule.layout().num_stages() + usize::from(op.stage);
+        let place =
+            usize::from(op.copy) * self.schedule.layout().num_stages() + usize::from(op.stage);
         self.weights_left[place] = self.weights_left[place].saturating_sub(1);
     }
 
@@ -352,22 +423,36 @@ impl Walk<'_> {
             Kind::SendActivation => self.posts.post(wire, 2 * slot as u64),
             Kind::SendGradient => {
                 if met & (B | I) == 0 {
-                    return Err((Rule::Order, format!("the backward of micro-batch {} on stage {} must come before", op.micro_batch, op.stage)));
+                    return Err((
+                        Rule::Order,
+                        format!(
+                            "the backward of micro-batch {} on stage {} must come before",
+                            op.micro_batch, op.stage
+                        ),
+                    ));
                 }
                 self.posts.post(wire, 2 * slot as u64 + 1);
             }
             Kind::ReceiveActivation => {
                 if met & F != 0 {
-                    return Err((Rule::Order, "the forward that needs it has run already".into()));
+                    return Err((
+                        Rule::Order,
+                        "the forward that needs it has run already".into(),
+                    ));
                 }
-                self.posts.post(self.wires.reverse(wire), 2 * (slot - step) as u64);
+                self.posts
+                    .post(self.wires.reverse(wire), 2 * (slot - step) as u64);
                 self.num_messages += 1;
             }
             Kind::ReceiveGradient => {
                 if met & (B | I) != 0 {
-                    return Err((Rule::Order, "the backward that needs it has run already".into()));
+                    return Err((
+                        Rule::Order,
+                        "the backward that needs it has run already".into(),
+                    ));
                 }
-                self.posts.post(self.wires.reverse(wire), 2 * (slot + step) as u64 + 1);
+                self.posts
+                    .post(self.wires.reverse(wire), 2 * (slot + step) as u64 + 1);
                 self.num_messages += 1;
             }
             _ => {}
@@ -377,23 +462,39 @@ impl Walk<'_> {
 
     /// A reduction, its wait, or one of PyTorch's instructions for sharded parameters.
     fn whole_stage(&mut self, op: Op) -> Result<(), (Rule, String)> {
-        let place = usize::from(op.copy) * self.schedule.layout().num_stages() + usize::from(op.stage);
+        let place =
+            usize::from(op.copy) * self.schedule.layout().num_stages() + usize::from(op.stage);
         match op.kind {
             Kind::Reduce => {
                 if std::mem::replace(&mut self.reduces[place], true) {
-                    return Err((Rule::Twice, format!("the gradients of stage {} are reduced already", op.stage)));
+                    return Err((
+                        Rule::Twice,
+                        format!("the gradients of stage {} are reduced already", op.stage),
+                    ));
                 }
                 if self.weights_left[place] > 0 && self.schedule.has_backward() {
-                    let message = format!("{} weight gradients of stage {} are still to come; move it back", self.weights_left[place], op.stage);
+                    let message = format!(
+                        "{} weight gradients of stage {} are still to come; move it back",
+                        self.weights_left[place], op.stage
+                    );
                     return Err((Rule::Reduction, message));
                 }
             }
             Kind::WaitReduce => {
                 if !self.reduces[place] {
-                    return Err((Rule::Reduction, format!("no reduction of stage {} has been started", op.stage)));
+                    return Err((
+                        Rule::Reduction,
+                        format!("no reduction of stage {} has been started", op.stage),
+                    ));
                 }
                 if std::mem::replace(&mut self.reduce_waits[place], true) {
-                    return Err((Rule::Twice, format!("the reduction of stage {} has been waited for already", op.stage)));
+                    return Err((
+                        Rule::Twice,
+                        format!(
+                            "the reduction of stage {} has been waited for already",
+                            op.stage
+                        ),
+                    ));
                 }
             }
             _ => {}
@@ -445,7 +546,14 @@ impl Walk<'_> {
                     done != whole || (trains && backward != B && backward != I | W)
                 });
                 if let Some(c) = bad {
-                    return Err(self.missing(Op { micro_batch: c as u32, ..forward }, whole, trains));
+                    return Err(self.missing(
+                        Op {
+                            micro_batch: c as u32,
+                            ..forward
+                        },
+                        whole,
+                        trains,
+                    ));
                 }
             }
         }
@@ -463,13 +571,21 @@ impl Walk<'_> {
         for (slot, &met) in self.met.iter().enumerate() {
             for (sent, waited, kind) in WAITS {
                 if met & sent != 0 && met & waited == 0 {
-                    let Some((copy, stage)) = self.place_of(slot) else { continue };
+                    let Some((copy, stage)) = self.place_of(slot) else {
+                        continue;
+                    };
                     let base = self.schedule.layout().slot(Op::new(kind, copy, stage, 0));
                     let op = Op::new(kind, copy, stage, (slot - base) as u32);
                     let rank = self.schedule.layout().rank_of(copy, stage);
                     let index = self.find(rank, |other| other == op);
                     let message = "nothing waits for this send, and other sends are waited for: its buffer would never be released; add the wait".to_owned();
-                    return Err(Violation::at(self.schedule, Rule::Missing, rank, index, message));
+                    return Err(Violation::at(
+                        self.schedule,
+                        Rule::Missing,
+                        rank,
+                        index,
+                        message,
+                    ));
                 }
             }
         }
@@ -478,7 +594,10 @@ impl Walk<'_> {
 
     fn find(&self, rank: usize, is_it: impl Fn(Op) -> bool) -> usize {
         let stream = self.schedule.stream(rank);
-        stream.iter().position(|&op| is_it(op)).unwrap_or(stream.len())
+        stream
+            .iter()
+            .position(|&op| is_it(op))
+            .unwrap_or(stream.len())
     }
 
     /// Says what a slot lacks, and points at what it has: the neighbouring instruction.
@@ -486,32 +605,67 @@ impl Walk<'_> {
         let layout = self.schedule.layout();
         let rank = layout.rank_of(at.copy, at.stage);
         let met = self.met[layout.slot(at)];
-        let same = |op: Op| (op.copy, op.stage, op.micro_batch) == (at.copy, at.stage, at.micro_batch);
-        let place = format!("micro-batch {} on stage {} of copy {}", at.micro_batch, at.stage, at.copy);
+        let same =
+            |op: Op| (op.copy, op.stage, op.micro_batch) == (at.copy, at.stage, at.micro_batch);
+        let place = format!(
+            "micro-batch {} on stage {} of copy {}",
+            at.micro_batch, at.stage, at.copy
+        );
         let lacks = whole & !met;
         let (rule, index, message) = if lacks & F != 0 {
             let end = self.schedule.stream(rank).len();
-            (Rule::Missing, end, format!("the forward of {place} is missing"))
+            (
+                Rule::Missing,
+                end,
+                format!("the forward of {place} is missing"),
+            )
         } else if trains && met & (B | I) == 0 {
             let index = self.find(rank, |op| same(op) && op.kind.is_forward());
-            (Rule::Missing, index, format!("the backward of {place} is missing: only this forward is there"))
+            (
+                Rule::Missing,
+                index,
+                format!("the backward of {place} is missing: only this forward is there"),
+            )
         } else if trains && met & (I | W) == I {
             let index = self.find(rank, |op| same(op) && op.kind == Kind::BackwardInput);
-            (Rule::Missing, index, format!("the weight part of {place} is missing: only this input part is there"))
+            (
+                Rule::Missing,
+                index,
+                format!("the weight part of {place} is missing: only this input part is there"),
+            )
         } else {
             let (name, index) = if lacks & SENT_F != 0 {
-                ("send of the activation", self.find(rank, |op| same(op) && op.kind.is_forward()))
+                (
+                    "send of the activation",
+                    self.find(rank, |op| same(op) && op.kind.is_forward()),
+                )
             } else if lacks & SENT_B != 0 {
-                ("send of the gradient", self.find(rank, |op| same(op) && op.kind.makes_gradient()))
+                (
+                    "send of the gradient",
+                    self.find(rank, |op| same(op) && op.kind.makes_gradient()),
+                )
             } else if lacks & RECEIVED_F != 0 {
-                ("receive of the activation", self.find(rank, |op| same(op) && op.kind.is_forward()))
+                (
+                    "receive of the activation",
+                    self.find(rank, |op| same(op) && op.kind.is_forward()),
+                )
             } else if lacks & RECEIVED_B != 0 {
-                ("receive of the gradient", self.find(rank, |op| same(op) && op.kind.makes_gradient()))
+                (
+                    "receive of the gradient",
+                    self.find(rank, |op| same(op) && op.kind.makes_gradient()),
+                )
             } else {
                 // More than enough: a gradient moves in a schedule that has no backward.
-                ("counterpart of a transfer", self.find(rank, |op| same(op) && op.kind.is_transfer()))
+                (
+                    "counterpart of a transfer",
+                    self.find(rank, |op| same(op) && op.kind.is_transfer()),
+                )
             };
-            (Rule::Pairing, index, format!("the {name} of {place} is missing"))
+            (
+                Rule::Pairing,
+                index,
+                format!("the {name} of {place} is missing"),
+            )
         };
         Violation::at(self.schedule, rule, rank, index, message)
     }
@@ -520,22 +674,53 @@ impl Walk<'_> {
     fn reductions(&self) -> Result<(), Violation> {
         let layout = self.schedule.layout();
         let any = self.reduces.iter().any(|&reduced| reduced);
-        let wanted = layout.num_copies() > 1 && self.schedule.has_backward() && self.schedule.has_transfers();
+        let wanted = layout.num_copies() > 1
+            && self.schedule.has_backward()
+            && self.schedule.has_transfers();
         if !any && !wanted {
             return Ok(());
         }
-        for (place, (&reduced, &waited)) in self.reduces.iter().zip(&self.reduce_waits).enumerate() {
-            let (copy, stage) = ((place / layout.num_stages()) as u8, (place % layout.num_stages()) as u16);
+        for (place, (&reduced, &waited)) in self.reduces.iter().zip(&self.reduce_waits).enumerate()
+        {
+            let (copy, stage) = (
+                (place / layout.num_stages()) as u8,
+                (place % layout.num_stages()) as u16,
+            );
             let rank = layout.rank_of(copy, stage);
-            if !reduced && (wanted || self.reduces.iter().skip(usize::from(stage)).step_by(layout.num_stages()).any(|&r| r)) {
+            if !reduced
+                && (wanted
+                    || self
+                        .reduces
+                        .iter()
+                        .skip(usize::from(stage))
+                        .step_by(layout.num_stages())
+                        .any(|&r| r))
+            {
                 let end = self.schedule.stream(rank).len();
-                let message = format!("the gradients of stage {stage} are not reduced on rank {rank}, which holds copy {copy} of it");
-                return Err(Violation::at(self.schedule, Rule::Reduction, rank, end, message));
+                let message = format!(
+                    "the gradients of stage {stage} are not reduced on rank {rank}, which holds copy {copy} of it"
+                );
+                return Err(Violation::at(
+                    self.schedule,
+                    Rule::Reduction,
+                    rank,
+                    end,
+                    message,
+                ));
             }
             if wanted && reduced && !waited {
-                let index = self.find(rank, |op| op.kind == Kind::Reduce && (op.copy, op.stage) == (copy, stage));
-                let message = format!("nothing waits for the reduction of stage {stage} on rank {rank}");
-                return Err(Violation::at(self.schedule, Rule::Reduction, rank, index, message));
+                let index = self.find(rank, |op| {
+                    op.kind == Kind::Reduce && (op.copy, op.stage) == (copy, stage)
+                });
+                let message =
+                    format!("nothing waits for the reduction of stage {stage} on rank {rank}");
+                return Err(Violation::at(
+                    self.schedule,
+                    Rule::Reduction,
+                    rank,
+                    index,
+                    message,
+                ));
             }
         }
         if layout.num_copies() == 1 {
@@ -552,17 +737,29 @@ impl Walk<'_> {
         for rank in 0..layout.num_ranks() {
             let here = order_of(rank);
             for peer in rank + 1..layout.num_ranks() {
-                let holds = |stage: u16, rank: usize| (0..layout.num_copies() as u8).any(|copy| layout.rank_of(copy, stage) == rank);
+                let holds = |stage: u16, rank: usize| {
+                    (0..layout.num_copies() as u8).any(|copy| layout.rank_of(copy, stage) == rank)
+                };
                 if !here.iter().any(|&(_, stage)| holds(stage, peer)) {
                     continue;
                 }
                 let there = order_of(peer);
                 let ours = here.iter().filter(|&&(_, stage)| holds(stage, peer));
                 let theirs = there.iter().filter(|&&(_, stage)| holds(stage, rank));
-                if let Some((&(index, _), &(peer_index, stage))) = ours.zip(theirs).find(|(a, b)| a.1 != b.1) {
-                    let message = format!("rank {peer} reduces stage {stage} at this point; reduce in the same order on both");
-                    return Err(Violation::at(self.schedule, Rule::Reduction, rank, index, message)
-                        .with_other(self.schedule, peer, peer_index));
+                if let Some((&(index, _), &(peer_index, stage))) =
+                    ours.zip(theirs).find(|(a, b)| a.1 != b.1)
+                {
+                    let message = format!(
+                        "rank {peer} reduces stage {stage} at this point; reduce in the same order on both"
+                    );
+                    return Err(Violation::at(
+                        self.schedule,
+                        Rule::Reduction,
+                        rank,
+                        index,
+                        message,
+                    )
+                    .with_other(self.schedule, peer, peer_index));
                 }
             }
         }

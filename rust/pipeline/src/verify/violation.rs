@@ -84,7 +84,13 @@ pub struct Violation {
 }
 
 impl Violation {
-    pub(super) fn at(schedule: &Schedule, rule: Rule, rank: usize, index: usize, message: String) -> Self {
+    pub(super) fn at(
+        schedule: &Schedule,
+        rule: Rule,
+        rank: usize,
+        index: usize,
+        message: String,
+    ) -> Self {
         Self {
             rule,
             rank,
@@ -120,7 +126,13 @@ impl Violation {
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: rank {}, instruction {}", self.rule.code(), self.rank, self.index)?;
+        write!(
+            f,
+            "{}: rank {}, instruction {}",
+            self.rule.code(),
+            self.rank,
+            self.index
+        )?;
         if let Some(op) = self.op {
             write!(f, " ({op})")?;
         }

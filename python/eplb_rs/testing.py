@@ -1,0 +1,611 @@
+"""Property tests for placements: strategies that draw problems, and checks of the answers.
+
+The checks take plain arrays, tensors or nested lists, so they serve any planner, not only this
+one. The strategies are `hypothesis <https://hypothesis.readthedocs.io>`_ strategies; that library
+comes with ``pip install 'eplb-rs[testing]'``.
+
+A policy of your own, held to everything a placement must be:
+
+>>> from hypothesis import given
+>>> import eplb_rs
+>>> from eplb_rs import testing
+>>> @given(testing.problems())
+... def test_my_policy(problem):
+...     testing.check_policy(eplb_rs.rebalance_experts, problem)
+>>> test_my_policy()
+
+What a broken placement is told:
+
+>>> testing.check_placement([[0, 1, 2, 4]], num_experts=4)
+Traceback (most recent call last):
+    ...
+AssertionError: phy2log: layer 0, slot 3 holds 4, which is no expert (0 to 3)
+
+Letters: L layers, E logical experts, R slots, G expert groups, N nodes, D ranks (GPUs), X the most
+replicas of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+try:
+    from hypothesis import strategies as st
+    from hypothesis.extra import numpy as st_numpy
+except ImportError as error:
+    raise ImportError("eplb_rs.testing needs hypothesis: pip install 'eplb-rs[testing]'") from error
+
+from eplb_rs._core import Topology
+from eplb_rs._inputs import is_tensor
+from eplb_rs.plan import Plan
+from eplb_rs.planner import Planner, PolicyName
+
+if TYPE_CHECKING:
+    from eplb_rs._inputs import Load
+
+__all__ = [
+    "Problem",
+    "check_groups_stay_on_nodes",
+    "check_no_duplicates",
+    "check_placement",
+    "check_plan",
+    "check_policy",
+    "check_rank_load",
+    "loads",
+    "placements",
+    "plans",
+    "problems",
+    "topologies",
+]
+
+Rebalance: TypeAlias = Callable[[Any, int, int, int, int], tuple[Any, Any, Any]]
+"""What :func:`eplb_rs.rebalance_experts` is, called with positional arguments."""
+
+
+# What is drawn
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """A load and the machines to place its experts on. Every planner should solve it.
+
+    Attributes:
+        load: `[L, E]` float32.
+        topology: The machines; at least E slots.
+        num_groups: In how many groups the experts are; divides E.
+    """
+
+    load: Load
+    topology: Topology
+    num_groups: int
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.load.shape[1])
+
+    @property
+    def is_hierarchical(self) -> bool:
+        """Whether groups divide over nodes, so that each can stay on one."""
+        return self.num_groups % self.topology.num_nodes == 0
+
+    @property
+    def arguments(self) -> tuple[int, int, int, int]:
+        """``num_replicas``, ``num_groups``, ``num_nodes`` and ``num_gpus``, as
+        :func:`eplb_rs.rebalance_experts` takes them after the load."""
+        topology = self.topology
+        return topology.num_slots, self.num_groups, topology.num_nodes, topology.num_gpus
+
+
+def topologies(
+    *,
+    max_nodes: int = 4,
+    max_gpus_per_node: int = 4,
+    max_slots_per_gpu: int = 4,
+) -> st.SearchStrategy[Topology]:
+    """Machines of every size up to the given ones.
+
+    >>> from hypothesis import given
+    >>> @given(topologies(max_slots_per_gpu=8))
+    ... def test_slots_fill_the_gpus(topology):
+    ...     assert topology.num_slots == topology.num_gpus * topology.slots_per_gpu
+    >>> test_slots_fill_the_gpus()
+    """
+    return st.builds(
+        Topology,
+        st.integers(1, max_nodes),
+        st.integers(1, max_gpus_per_node),
+        st.integers(1, max_slots_per_gpu),
+    )
+
+
+@st.composite
+def loads(  # noqa: D417 - hypothesis passes `draw`
+    draw: st.DrawFn,
+    *,
+    num_layers: int | None = None,
+    num_experts: int | None = None,
+    max_layers: int = 4,
+    max_experts: int = 24,
+) -> Load:
+    """Loads `[L, E]`, float32, of every kind that has been seen to break a planner.
+
+    Even and skewed ones, small whole numbers that tie, zeros of either sign (some or all), a single
+    hot expert, values so large that their sums are near the end of float32, and denormals.
+
+    Args:
+        num_layers: L; by default from 1 to ``max_layers``.
+        num_experts: E; by default from 1 to ``max_experts``.
+        max_layers: The most layers.
+        max_experts: The most experts.
+
+    >>> from hypothesis import given
+    >>> @given(loads(num_experts=8))
+    ... def test_loads_can_be_planned(load):
+    ...     Planner(Topology(1, 2, 4)).plan(load)
+    >>> test_loads_can_be_planned()
+    """
+    layers = draw(st.integers(1, max_layers)) if num_layers is None else num_layers
+    experts = draw(st.integers(1, max_experts)) if num_experts is None else num_experts
+    # Half the range of float32 is the most that a layer may sum to.
+    largest = float(np.nextafter(np.float32(np.finfo(np.float32).max / 2 / experts), np.float32(0)))
+    tiniest = float(np.finfo(np.float32).tiny)
+    values = draw(
+        st.sampled_from(
+            [
+                st.integers(0, 3).map(float),
+                st.integers(0, 100_000).map(float),
+                st.floats(0.0, 20.0, width=32).map(lambda power: float(np.float32(2.0**power))),
+                st.sampled_from([0.0, -0.0]),
+                st.one_of(st.just(0.0), st.floats(0.0, 1e6, width=32)),
+                st.floats(0.0, largest, width=32),
+                st.floats(0.0, tiniest, width=32, exclude_max=True),
+            ]
+        )
+    )
+    load: Load = draw(st_numpy.arrays(np.float32, (layers, experts), elements=values))
+    if draw(st.booleans()):
+        hot = draw(st.integers(0, experts - 1))
+        load[:, hot] = draw(st.sampled_from([0.0, 1.0, 1e9, largest]))
+    return load
+
+
+@st.composite
+def placements(
+    draw: st.DrawFn, topology: Topology, *, num_experts: int, num_layers: int = 1
+) -> npt.NDArray[np.int64]:
+    """Placements `[L, R]` that no planner would make, but that are valid: each slot holds an
+    expert, each expert has a slot.
+
+    >>> from hypothesis import given
+    >>> @given(placements(Topology(1, 2, 3), num_experts=4))
+    ... def test_any_placement(phy2log):
+    ...     check_placement(phy2log, num_experts=4)
+    >>> test_any_placement()
+    """
+    spare = topology.num_slots - num_experts
+    more = st.lists(st.integers(0, num_experts - 1), min_size=spare, max_size=spare)
+    return np.array(
+        [draw(st.permutations([*range(num_experts), *draw(more)])) for _ in range(num_layers)],
+        dtype=np.int64,
+    )
+
+
+@st.composite
+def problems(  # noqa: D417 - hypothesis passes `draw`
+    draw: st.DrawFn,
+    *,
+    hierarchical: bool | None = None,
+    machines: st.SearchStrategy[Topology] | None = None,
+    max_layers: int = 4,
+) -> Problem:
+    """Problems that every planner should solve.
+
+    Args:
+        hierarchical: Whether groups divide over nodes; by default both.
+        machines: The topologies; by default :func:`topologies`.
+        max_layers: The most layers.
+
+    >>> from hypothesis import given
+    >>> @given(problems(hierarchical=True))
+    ... def test_groups_stay(problem):
+    ...     nodes = problem.topology.num_nodes
+    ...     plan = Planner(problem.topology, problem.num_groups).plan(problem.load)
+    ...     check_groups_stay_on_nodes(
+    ...         plan.phy2log,
+    ...         num_experts=problem.num_experts,
+    ...         num_groups=problem.num_groups,
+    ...         num_nodes=nodes,
+    ...     )
+    >>> test_groups_stay()
+    """
+    topology = draw(topologies() if machines is None else machines)
+    num_nodes = topology.num_nodes
+    if hierarchical is None:
+        hierarchical = num_nodes == 1 or draw(st.booleans())
+    if hierarchical:
+        num_experts = num_nodes * draw(st.integers(1, topology.num_slots // num_nodes))
+    else:
+        num_experts = draw(st.integers(1, topology.num_slots))
+    groups = [
+        groups
+        for groups in range(1, num_experts + 1)
+        if num_experts % groups == 0 and (groups % num_nodes == 0) is hierarchical
+    ]
+    if not groups:  # one node: everything is hierarchical
+        groups = [1]
+    return Problem(
+        load=draw(loads(num_experts=num_experts, max_layers=max_layers)),
+        topology=topology,
+        num_groups=draw(st.sampled_from(groups)),
+    )
+
+
+@st.composite
+def plans(draw: st.DrawFn, *, max_layers: int = 4) -> Plan:
+    """Plans: by every policy of this package, and of arbitrary valid placements.
+
+    >>> from hypothesis import given
+    >>> @given(plans())
+    ... def test_plans_come_back(plan):
+    ...     assert Plan.from_json(plan.to_json()) == plan
+    >>> test_plans_come_back()
+    """
+    problem = draw(problems(max_layers=max_layers))
+    names: list[PolicyName | None] = ["deepseek", "trivial", None]
+    policy = draw(st.sampled_from(names))
+    ids = st.integers(0, 999)
+    num_layers = len(problem.load)
+    layer_ids = draw(st.none() | st.lists(ids, min_size=num_layers, max_size=num_layers))
+    if policy is not None:
+        planner = Planner(problem.topology, problem.num_groups, policy)
+        return planner.plan(problem.load, layer_ids=layer_ids)
+    phy2log = draw(
+        placements(problem.topology, num_experts=problem.num_experts, num_layers=num_layers)
+    )
+    return Plan.from_phy2log(
+        problem.topology,
+        phy2log,
+        problem.load,
+        num_groups=problem.num_groups,
+        layer_ids=layer_ids,
+    )
+
+
+# What is checked
+
+
+def check_placement(
+    phy2log: Any, log2phy: Any = None, logcnt: Any = None, *, num_experts: int
+) -> None:
+    """Checks that every slot holds an expert, every expert has a slot, and the maps agree.
+
+    Args:
+        phy2log: `[L, R]` integers, the expert in each slot.
+        log2phy: `[L, E, X]` or wider, the slots of each expert, each once, in any order; -1 pads
+            the end. May be left out.
+        logcnt: `[L, E]`, how many slots each expert has. May be left out.
+        num_experts: E.
+
+    Raises:
+        AssertionError: Naming the layer, and the slot or expert, of the first fault.
+
+    >>> check_placement([[0, 1, 1, 2]], [[[0, -1], [2, 1], [3, -1]]], [[1, 2, 1]], num_experts=3)
+    >>> check_placement([[0, 1, 1, 2]], [[[0, -1], [2, 3], [3, -1]]], num_experts=3)
+    Traceback (most recent call last):
+        ...
+    AssertionError: log2phy: layer 0, expert 1 lists slot 3, which holds expert 2
+    """
+    slots = _integers(phy2log, "phy2log", 2)
+    num_layers = len(slots)
+    _forbid(
+        (slots < 0) | (slots >= num_experts),
+        lambda at: (
+            f"phy2log: layer {at[0]}, slot {at[1]} holds {slots[at]}, which is no expert "
+            f"(0 to {num_experts - 1})"
+        ),
+    )
+    counts = np.zeros((num_layers, num_experts), dtype=np.int64)
+    layer = np.arange(num_layers)[:, None]
+    np.add.at(counts, (layer, slots), 1)
+    _forbid(counts == 0, lambda at: f"phy2log: layer {at[0]}, expert {at[1]} has no slot")
+    if logcnt is not None:
+        told = _integers(logcnt, "logcnt", 2)
+        _expect_shape("logcnt", told, counts.shape)
+        _forbid(
+            told != counts,
+            lambda at: (
+                f"logcnt: layer {at[0]}, expert {at[1]} has {counts[at]} slots in phy2log, "
+                f"{told[at]} in logcnt"
+            ),
+        )
+    if log2phy is not None:
+        _check_log2phy(slots, _integers(log2phy, "log2phy", 3), counts)
+
+
+def _check_log2phy(
+    slots: npt.NDArray[np.int64], listed: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]
+) -> None:
+    (num_layers, num_slots), num_experts = slots.shape, counts.shape[1]
+    width = max(listed.shape[2], int(counts.max()))
+    _expect_shape("log2phy", listed, (num_layers, num_experts, width))
+
+    def name(at: tuple[int, ...]) -> str:
+        return f"log2phy: layer {at[0]}, expert {at[1]}"
+
+    used = np.arange(width) < counts[..., None]
+    _forbid(
+        used & ((listed < 0) | (listed >= num_slots)),
+        lambda at: (
+            f"{name(at)} has {counts[at[:2]]} slots in phy2log, but entry {at[2]} is "
+            f"{listed[at]}, which is no slot (0 to {num_slots - 1})"
+        ),
+    )
+    _forbid(
+        ~used & (listed != -1),
+        lambda at: (
+            f"{name(at)} has {counts[at[:2]]} slots in phy2log, so entry {at[2]} "
+            f"({listed[at]}) should be padding (-1)"
+        ),
+    )
+    layer, expert, _ = np.nonzero(used)
+    slot = listed[used]
+    held = slots[layer, slot]
+    for entry in np.flatnonzero(held != expert)[:1]:
+        raise AssertionError(
+            f"{name((layer[entry], expert[entry]))} lists slot {slot[entry]}, which holds expert "
+            f"{held[entry]}"
+        )
+    times = np.zeros(slots.shape, dtype=np.int64)
+    np.add.at(times, (layer, slot), 1)
+    _forbid(
+        times > 1,
+        lambda at: f"{name((at[0], slots[at]))} lists slot {at[1]} {times[at]} times",
+    )
+
+
+def check_groups_stay_on_nodes(
+    phy2log: Any, *, num_experts: int, num_groups: int, num_nodes: int
+) -> None:
+    """Checks that all replicas of all experts of a group are on one node.
+
+    Args:
+        phy2log: `[L, R]` integers, the expert in each slot; node `n` owns slots `n R/N` onwards.
+        num_experts: E; group `g` is the experts from `g E/G` onwards.
+        num_groups: G.
+        num_nodes: N.
+
+    Raises:
+        AssertionError: Naming the layer, the slot and the group of the first fault.
+
+    >>> check_groups_stay_on_nodes([[0, 1, 2, 3]], num_experts=4, num_groups=2, num_nodes=2)
+    >>> check_groups_stay_on_nodes([[0, 2, 1, 3]], num_experts=4, num_groups=2, num_nodes=2)
+    Traceback (most recent call last):
+        ...
+    AssertionError: phy2log: layer 0, slot 2 on node 1 holds expert 1 of group 0, which is on node 0
+    """
+    slots = _integers(phy2log, "phy2log", 2)
+    check_placement(slots, num_experts=num_experts)
+    num_layers, num_slots = slots.shape
+    if num_slots % num_nodes or num_experts % num_groups:
+        raise AssertionError(
+            f"{num_slots} slots do not divide over {num_nodes} nodes, or {num_experts} experts "
+            f"into {num_groups} groups"
+        )
+    node = np.broadcast_to(np.arange(num_slots) // (num_slots // num_nodes), slots.shape)
+    group = slots // (num_experts // num_groups)
+    first = np.full((num_layers, num_groups), num_nodes)
+    layer = np.broadcast_to(np.arange(num_layers)[:, None], slots.shape)
+    np.minimum.at(first, (layer, group), node)
+    _forbid(
+        node != first[layer, group],
+        lambda at: (
+            f"phy2log: layer {at[0]}, slot {at[1]} on node {node[at]} holds expert "
+            f"{slots[at]} of group {group[at]}, which is on node {first[at[0], group[at]]}"
+        ),
+    )
+
+
+def check_no_duplicates(phy2log: Any, *, num_gpus: int) -> None:
+    """Checks that no rank holds an expert twice, which would serve no balance.
+
+    DeepSeek's policy does not promise this; some engines refuse a placement without it.
+
+    Args:
+        phy2log: `[L, R]` integers, the expert in each slot; rank `d` owns slots `d R/D` onwards.
+        num_gpus: D.
+
+    Raises:
+        AssertionError: Naming the layer, the slots and the expert of the first fault.
+
+    >>> check_no_duplicates([[0, 1, 1, 0]], num_gpus=2)
+    >>> check_no_duplicates([[0, 0, 1, 1]], num_gpus=2)
+    Traceback (most recent call last):
+        ...
+    AssertionError: phy2log: layer 0, slots 0 and 1, both of rank 0, hold expert 0
+    """
+    slots = _integers(phy2log, "phy2log", 2)
+    num_layers, num_slots = slots.shape
+    if num_slots % num_gpus:
+        raise AssertionError(f"{num_slots} slots do not divide over {num_gpus} ranks")
+    ranks = slots.reshape(num_layers, num_gpus, -1)
+    order = np.argsort(ranks, axis=2, kind="stable")
+    held = np.take_along_axis(ranks, order, axis=2)
+
+    def message(at: tuple[int, ...]) -> str:
+        layer, rank, place = at
+        base = rank * ranks.shape[2]
+        first, second = (base + order[layer, rank, place + i] for i in (0, 1))
+        return (
+            f"phy2log: layer {layer}, slots {first} and {second}, both of rank {rank}, hold "
+            f"expert {held[at]}"
+        )
+
+    _forbid(held[..., 1:] == held[..., :-1], message)
+
+
+def check_rank_load(rank_load: Any, phy2log: Any, load: Any, *, rtol: float = 1e-9) -> None:
+    """Checks the load of each rank: its slots' shares, an expert's slots sharing its load evenly.
+
+    Args:
+        rank_load: `[L, D]` numbers, in the unit of the load.
+        phy2log: `[L, R]` integers, the expert in each slot; rank `d` owns slots `d R/D` onwards.
+        load: `[L, E]` numbers.
+        rtol: How far a rank may be off, relative to what it should carry.
+
+    Raises:
+        AssertionError: Naming the layer and rank of the first fault.
+
+    >>> check_rank_load([[5.0, 7.0]], [[0, 1, 2, 1]], [[3, 4, 5]])
+    >>> check_rank_load([[5.0, 8.0]], [[0, 1, 2, 1]], [[3, 4, 5]])
+    Traceback (most recent call last):
+        ...
+    AssertionError: rank_load: layer 0, rank 1 carries 7.0, not 8.0
+    """
+    tokens = np.asarray(_plain(load), dtype=np.float64)
+    told = np.asarray(_plain(rank_load), dtype=np.float64)
+    slots = _integers(phy2log, "phy2log", 2)
+    check_placement(slots, num_experts=tokens.shape[1])
+    num_layers, num_gpus = told.shape
+    layer = np.arange(num_layers)[:, None]
+    counts = np.zeros(tokens.shape)
+    np.add.at(counts, (layer, slots), 1)
+    carried = (tokens / counts)[layer, slots].reshape(num_layers, num_gpus, -1).sum(axis=2)
+    _forbid(
+        ~np.isclose(told, carried, rtol=rtol, atol=0.0),
+        lambda at: f"rank_load: layer {at[0]}, rank {at[1]} carries {carried[at]}, not {told[at]}",
+    )
+
+
+def check_plan(plan: Plan) -> None:
+    """Checks all that a :class:`eplb_rs.Plan` says of itself.
+
+    Its maps agree; groups stay on nodes where the policy keeps them; ranks carry what their slots
+    hold, all of the load between them, and no less than the lower bound at the heaviest; balance
+    and imbalance are what they are defined to be; nothing of it can be written to.
+
+    Raises:
+        AssertionError: Saying what does not hold.
+
+    >>> check_plan(Planner(Topology(1, 2, 2)).plan([[5, 1, 2]]))
+    """
+    topology, num_layers = plan.topology, plan.num_layers
+    check_placement(plan.phy2log, plan.log2phy, plan.logcnt, num_experts=plan.num_experts)
+    _expect_shape("phy2log", plan.phy2log, (num_layers, topology.num_slots))
+    if plan.policy == "deepseek" and plan.num_groups % topology.num_nodes == 0:
+        check_groups_stay_on_nodes(
+            plan.phy2log,
+            num_experts=plan.num_experts,
+            num_groups=plan.num_groups,
+            num_nodes=topology.num_nodes,
+        )
+    _expect_shape("rank_load", plan.rank_load, (num_layers, topology.num_gpus))
+    check_rank_load(plan.rank_load, plan.phy2log, plan.expert_load)
+    for name in ("phy2log", "log2phy", "logcnt", "expert_load", "rank_load", "lower_bound"):
+        if getattr(plan, name).flags.writeable:
+            raise AssertionError(f"{name} can be written to")
+    largest, mean = plan.rank_load.max(axis=1), plan.rank_load.mean(axis=1)
+    _forbid(
+        plan.lower_bound > largest * (1 + 1e-9),
+        lambda at: (
+            f"lower_bound: layer {at[0]} claims {plan.lower_bound[at]}, but the heaviest "
+            f"rank carries {largest[at]}"
+        ),
+    )
+    _forbid(
+        plan.lower_bound < mean * (1 - 1e-9),
+        lambda at: (
+            f"lower_bound: layer {at[0]} claims {plan.lower_bound[at]}, below the mean "
+            f"rank load {mean[at]}"
+        ),
+    )
+    balance = mean.sum() / largest.sum() if largest.sum() > 0 else 1.0
+    if not np.isclose(plan.balance, balance, rtol=1e-9) or not 0 < plan.balance <= 1:
+        raise AssertionError(f"balance is {plan.balance}, not {balance}")
+    if not np.isclose(plan.imbalance, 1 / balance, rtol=1e-9):
+        raise AssertionError(f"imbalance is {plan.imbalance}, not {1 / balance}")
+    ranks = np.sort(plan.phy2log.reshape(num_layers, topology.num_gpus, -1), axis=2)
+    repeated = (ranks[..., 1:] == ranks[..., :-1]).sum(axis=(1, 2))
+    _forbid(
+        plan.layer_duplicates != repeated,
+        lambda at: (
+            f"layer_duplicates: layer {at[0]} has {repeated[at]}, not {plan.layer_duplicates[at]}"
+        ),
+    )
+
+
+def check_policy(
+    rebalance: Rebalance, problem: Problem, *, keeps_groups: bool | None = None
+) -> None:
+    """Checks a policy on a problem: its placement is valid, repeatable, and of each layer alone.
+
+    Calls it three times: twice with the problem, once with the layers in reverse.
+
+    Args:
+        rebalance: The policy, called as :func:`eplb_rs.rebalance_experts` is, with positional
+            arguments: load, replicas, groups, nodes, GPUs.
+        problem: What to solve; see :func:`problems`.
+        keeps_groups: Whether groups must stay on one node; by default where they divide over
+            nodes.
+
+    Raises:
+        AssertionError: Saying what does not hold.
+    """
+    topology, load = problem.topology, problem.load
+    given = load.copy()
+    answer = rebalance(given, *problem.arguments)
+    if given.tobytes() != load.tobytes():
+        raise AssertionError("the policy changed the load that it was given")
+    phy2log, log2phy, logcnt = (np.asarray(_plain(part)) for part in answer)
+    _expect_shape("phy2log", phy2log, (len(load), topology.num_slots))
+    check_placement(phy2log, log2phy, logcnt, num_experts=problem.num_experts)
+    if problem.is_hierarchical if keeps_groups is None else keeps_groups:
+        check_groups_stay_on_nodes(
+            phy2log,
+            num_experts=problem.num_experts,
+            num_groups=problem.num_groups,
+            num_nodes=topology.num_nodes,
+        )
+    for layers, turned, what in (
+        (load, slice(None), "between two calls with the same load"),
+        (np.ascontiguousarray(load[::-1]), slice(None, None, -1), "when layers change places"),
+    ):
+        again = rebalance(layers, *problem.arguments)
+        for name, before, after in zip(
+            ("phy2log", "log2phy", "logcnt"), (phy2log, log2phy, logcnt), again, strict=True
+        ):
+            if not np.array_equal(before, np.asarray(_plain(after))[turned]):
+                raise AssertionError(f"{name}: differs {what}")
+
+
+# How it is checked
+
+
+def _plain(values: Any) -> Any:
+    """What NumPy can read: a tensor becomes an array."""
+    return values.detach().cpu().numpy() if is_tensor(values) else values
+
+
+def _integers(values: Any, name: str, ndim: int) -> npt.NDArray[np.int64]:
+    array = np.asarray(_plain(values))
+    if array.dtype.kind not in "iu":
+        raise AssertionError(f"{name}: dtype {array.dtype}, not integers")
+    if array.ndim != ndim or array.size == 0:
+        raise AssertionError(f"{name}: shape {array.shape}, not {ndim} dimensions with something")
+    return array.astype(np.int64)
+
+
+def _expect_shape(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise AssertionError(f"{name}: shape {array.shape}, not {shape}")
+
+
+def _forbid(wrong: Any, message: Callable[[tuple[int, ...]], str]) -> None:
+    """Raises with a message about the first place that is wrong."""
+    if wrong.any():
+        raise AssertionError(message(tuple(int(i) for i in np.argwhere(wrong)[0])))
