@@ -32,3 +32,7 @@ pub use search::{Candidate, SearchRequest, search};
 pub use simulate::{Pairs, Sends, SimulateOptions, Span, Timeline, simulate};
 pub use torch_csv::{CsvOptions, Dialect, Form};
 pub use transfers::place_transfers;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

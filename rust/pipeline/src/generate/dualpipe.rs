@@ -17,7 +17,7 @@ pub(super) fn dualpipe(p: usize, m: u32) -> Result<Schedule> {
         let (own, other) = if rank < half { (0, 1) } else { (1, 0) };
         let places = [(own, depth), (other, p - 1 - depth)];
         let streams = TwoStreams::new(&mut order, places);
-        eight_steps(streams, half, depth, each - p + depth + 1);
+        eight_steps(streams, half, depth, each + depth + 1 - p);
     }
     Ok(order.finish_without_surplus())
 }

@@ -12,7 +12,7 @@ pub(super) fn dualpipev(p: usize, m: u32) -> Result<Schedule> {
     for rank in 0..p {
         let places = [(0, rank), (0, 2 * p - 1 - rank)];
         let streams = TwoStreams::new(&mut order, places);
-        eight_steps(streams, p, rank, unfolded - 2 * p + rank + 1);
+        eight_steps(streams, p, rank, unfolded + rank + 1 - 2 * p);
     }
     Ok(order.finish_without_surplus())
 }
