@@ -156,20 +156,31 @@ impl<'a> Clock<'a> {
         let wires = Wires::new(layout);
         let reduces = layout.num_copies() > 1 && order.has_backward();
 
+        // The order is complete, so how much there is to write follows from the layout.
         let mut wire_states = vec![WireState::default(); wires.len()];
-        let mut lengths = vec![0; num_ranks];
-        for (rank, length) in lengths.iter_mut().enumerate() {
-            let stream = order.stream(rank);
-            *length += stream.len();
-            for &op in stream {
-                if let Some(wire) = wires.leaves_on(op) {
-                    *length += 2;
-                    wire_states[wire].base += 1;
+        let mut lengths: Vec<usize> = (0..num_ranks)
+            .map(|rank| order.stream(rank).len())
+            .collect();
+        for copy in 0..layout.num_copies() as u8 {
+            let count = layout.micro_batches(copy) as usize;
+            for stage in 0..layout.num_stages() as u16 {
+                let length = &mut lengths[layout.rank_of(copy, stage)];
+                *length += if reduces { 2 } else { 0 };
+                let forward = Op::new(Kind::Forward, copy, stage, 0);
+                let backward = forward.with_kind(Kind::Backward);
+                for op in [forward, backward]
+                    .into_iter()
+                    .take(1 + usize::from(order.has_backward()))
+                {
+                    // A send and its wait, a receive.
+                    if let Some(wire) = wires.leaves_on(op) {
+                        *length += 2 * count;
+                        wire_states[wire].base += count;
+                    }
+                    if wires.arrives_on(op).is_some() {
+                        *length += count;
+                    }
                 }
-                *length += usize::from(wires.arrives_on(op).is_some());
-            }
-            if reduces {
-                *length += 2 * layout.stages_of(rank).count();
             }
         }
         let mut num_messages = 0;

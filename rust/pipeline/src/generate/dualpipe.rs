@@ -19,5 +19,5 @@ pub(super) fn dualpipe(p: usize, m: u32) -> Result<Schedule> {
         let streams = TwoStreams::new(&mut order, places);
         eight_steps(streams, half, depth, each + depth + 1 - p);
     }
-    Ok(order.finish_without_surplus())
+    Ok(order.finish_without_surplus(each as u32))
 }

@@ -14,5 +14,5 @@ pub(super) fn dualpipev(p: usize, m: u32) -> Result<Schedule> {
         let streams = TwoStreams::new(&mut order, places);
         eight_steps(streams, p, rank, unfolded + rank + 1 - 2 * p);
     }
-    Ok(order.finish_without_surplus())
+    Ok(order.finish_without_surplus(unfolded as u32))
 }

@@ -77,12 +77,16 @@ impl Order {
         Schedule::from_parts(self.name.into(), self.layout, self.starts, self.ops)
     }
 
-    /// Leaves out micro-batches that the layout does not have, and fits the rest to it. What is
-    /// left of a pair stands alone.
+    /// Leaves out micro-batches that the layout does not have: the order was written for
+    /// `unfolded` in each copy. What is left of a pair stands alone.
     ///
     /// Dropping whole micro-batches from an order that runs leaves an order that runs: nothing
     /// depends on a micro-batch but itself.
-    pub(super) fn finish_without_surplus(self) -> Schedule {
+    pub(super) fn finish_without_surplus(self, unfolded: u32) -> Schedule {
+        let layout = &self.layout;
+        if (0..layout.num_copies() as u8).all(|copy| layout.micro_batches(copy) == unfolded) {
+            return self.finish();
+        }
         let Self {
             name,
             layout,

@@ -38,5 +38,5 @@ pub(super) fn zbv(p: usize, m: u32) -> Result<Schedule> {
         }
         streams.cool_down(rank, ahead);
     }
-    Ok(order.finish_without_surplus())
+    Ok(order.finish_without_surplus(unfolded))
 }
