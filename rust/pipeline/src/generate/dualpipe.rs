@@ -6,7 +6,7 @@ use crate::error::Result;
 use crate::schedule::Schedule;
 
 /// DeepSeek's order for 2P micro-batches and more (its program refuses fewer); below, and for odd
-/// numbers, the same order without the last micro-batches.
+/// numbers, the same order without the last micro-batches, lone backwards split.
 pub(super) fn dualpipe(p: usize, m: u32) -> Result<Schedule> {
     let layout = two_copies(p, m.div_ceil(2), m / 2)?;
     let mut order = Order::new("dualpipe", layout);

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::schedule::Schedule;
 
 /// DeepSeek's order for 2P micro-batches and more (its program refuses fewer); below, the same
-/// order without the last micro-batches.
+/// order without the last micro-batches, lone backwards split.
 pub(super) fn dualpipev(p: usize, m: u32) -> Result<Schedule> {
     let mut order = Order::new("dualpipev", single_copy(p, 2, m, Placement::V)?);
     let unfolded = (m as usize).max(2 * p - 1);

@@ -78,7 +78,9 @@ impl Order {
     }
 
     /// Leaves out micro-batches that the layout does not have: the order was written for
-    /// `unfolded` in each copy. What is left of a pair stands alone.
+    /// `unfolded` in each copy. What is left of a pair stands alone; and since so few
+    /// micro-batches leave gaps, backwards that stand alone are split where they stand, which
+    /// hands their gradient on earlier and costs the rank nothing.
     ///
     /// Dropping whole micro-batches from an order that runs leaves an order that runs: nothing
     /// depends on a micro-batch but itself.
@@ -103,15 +105,18 @@ impl Order {
                 if !exists(op) {
                     continue;
                 }
-                kept.push(match op.kind {
-                    Kind::OverlapForward if !exists(stream[index + 1]) => {
-                        op.with_kind(Kind::Forward)
-                    }
-                    Kind::OverlapBackward if !exists(stream[index - 1]) => {
-                        op.with_kind(Kind::Backward)
-                    }
-                    _ => op,
-                });
+                let (torn, lone) = match op.kind {
+                    Kind::OverlapForward => (!exists(stream[index + 1]), Kind::Forward),
+                    Kind::OverlapBackward => (!exists(stream[index - 1]), Kind::Backward),
+                    kind => (false, kind),
+                };
+                let op = if torn { op.with_kind(lone) } else { op };
+                if op.kind == Kind::Backward {
+                    kept.push(op.with_kind(Kind::BackwardInput));
+                    kept.push(op.with_kind(Kind::BackwardWeight));
+                } else {
+                    kept.push(op);
+                }
             }
             kept_starts.push(kept.len());
         }
