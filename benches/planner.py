@@ -31,10 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import eplb_rs
 import numpy as np
 import numpy.typing as npt
-
-import eplb_rs
 from eplb_rs.loads import read_loads
 
 if TYPE_CHECKING:

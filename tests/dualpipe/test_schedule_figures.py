@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,3 +169,9 @@ def test_peaks_in_bytes() -> None:
     assert proof.peaks.bytes.tolist() == [2 * 100 + 2 + 1, 10 + 2 + 1]
     same = schedule.simulate(Costs(message_bytes=[1, 0]), activation_bytes=[100, 10])
     assert same.peaks.bytes.tolist() == proof.peaks.bytes.tolist()
+
+
+def test_the_page_has_the_tables_that_the_simulator_gives() -> None:
+    root = Path(__file__).parents[2]
+    run = [sys.executable, str(root / "benches" / "schedule_tables.py"), "--check"]
+    subprocess.run(run, check=True)
