@@ -14,6 +14,7 @@ import pytest
 from eplb_rs import InvalidInputError, PlanBuffers, Planner, Topology
 
 TOPOLOGY = Topology(4, 8, 9)
+HAS_GIL: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 RELEASE = pytest.mark.parametrize("release_gil", [None, False, True])
 
 
@@ -87,7 +88,7 @@ def test_shared_buffers_hold_a_whole_plan_or_are_refused(release_gil: bool | Non
     each(4, work)
     assert set(outcomes) <= {"written", "in_use"}
     assert "written" in outcomes
-    if release_gil is False:
+    if release_gil is False and HAS_GIL:
         assert "in_use" not in outcomes
     assert out.phy2log.tobytes() in wanted
 
@@ -120,6 +121,9 @@ class Paused:
 
     def inside(self) -> bool:
         """Whether the buffers are held: then another call is refused."""
+        if not HAS_GIL:  # then the prober might be found in the buffers
+            time.sleep(0.05)
+            return True
         try:
             self.prober.plan_into(self.no_load, self.out)
         except InvalidInputError as error:
@@ -179,6 +183,7 @@ def test_planning_goes_on_while_another_thread_computes(release_gil: bool | None
         assert planner.plan(one) == wanted
 
 
+@pytest.mark.skipif(not HAS_GIL, reason="nobody waits for an interpreter without a lock")
 @pytest.mark.usefixtures("busy")
 def test_the_wait_for_the_interpreter_is_reported_apart() -> None:
     """A call that lets go waits for the other thread, up to a switch interval; one that does not
@@ -209,8 +214,11 @@ def test_timings_are_those_of_the_call() -> None:
     assert isinstance(first, eplb_rs.Timing)
     assert 0 < first.native_us <= elapsed_us
     assert 0 <= first.wait_us <= elapsed_us
-    planner.plan(small)
-    assert planner.last_timing.native_us < first.native_us
+    times_us = []
+    for _ in range(20):  # the machine may hold up any one call
+        planner.plan(small)
+        times_us.append(planner.last_timing.native_us)
+    assert min(times_us) < first.native_us
 
 
 def test_a_refused_call_keeps_the_planner_usable_from_all_threads() -> None:

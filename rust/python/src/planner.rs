@@ -55,7 +55,14 @@ impl Planner {
         let known = Policy::from_name(policy).ok_or_else(|| {
             let names: Vec<_> = Policy::ALL.iter().map(|policy| policy.name()).collect();
             let expected = format!("one of: {}", names.join(", "));
-            invalid_input(py, "unknown", "policy", policy, &expected, "")
+            invalid_input(
+                py,
+                "unknown",
+                "policy",
+                &format!("{policy:?}"),
+                &expected,
+                "",
+            )
         })?;
         let planner = eplb::Planner::new(
             topology.0.clone(),
