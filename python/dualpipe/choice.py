@@ -18,7 +18,7 @@ from dualpipe.errors import ScheduleError
 from dualpipe.schedule import METHODS, Schedule, _count, _figures, _link_figures, _one_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Candidate", "Layers", "Machine", "Partition", "partition", "search"]
 
@@ -169,6 +169,7 @@ def search(
     stages_per_rank: Sequence[int] = (2,),
     machine: Machine | None = None,
     max_simulations: int = 1000,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[Candidate]:
     """Ranks schedules, partitions and numbers of micro-batches by time per micro-batch.
 
@@ -182,6 +183,8 @@ def search(
         stages_per_rank: Numbers to try for schedules that take any.
         machine: Unequal ranks, links, overlap, and the memory that a rank has.
         max_simulations: How far to search for each combination's partition.
+        progress: Called after each combination with how many are done, and of how many. Its
+            exceptions end the search.
 
     Returns:
         All combinations, the fastest first; those that cannot be or do not fit come last. `why`
@@ -205,6 +208,7 @@ def search(
         loads,
         [_count(v, "stages_per_rank") for v in stages_per_rank],
         _machine(machine, p, max_simulations),
+        progress,
     )
     candidates = [
         Candidate(method, p, m, v, None if cut is None else _partition(cut), time, wins, why)

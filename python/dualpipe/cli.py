@@ -319,6 +319,7 @@ def _search(options: argparse.Namespace) -> None:
             max_bytes=None if options.memory_gb is None else round(options.memory_gb * 1e9),
         ),
         max_simulations=options.simulations,
+        progress=_progress if sys.stderr.isatty() else None,
     )[: options.top]
     if options.json:
         rows = [
@@ -345,6 +346,11 @@ def _search(options: argparse.Namespace) -> None:
                 f"{candidate.partition.makespan:.6g} a step; layers per stage {sizes}"
             )
         print(f"    {candidate.why}")
+
+
+def _progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\rsearched {done} of {total} combinations", end=end, file=sys.stderr, flush=True)
 
 
 def _layers(options: argparse.Namespace) -> Layers:

@@ -1,5 +1,6 @@
 """The native module. Use the packages; this module is theirs."""
 
+from collections.abc import Callable
 from typing import Final, Self, TypeAlias, final
 
 import numpy as np
@@ -231,4 +232,5 @@ def search_schedules(
     loads: list[tuple[int, _Layers]],
     stages_per_rank: list[int],
     machine: _Machine,
+    progress: Callable[[int, int], object] | None,
 ) -> list[tuple[str, int, int | None, _Cut | None, float, float | None, str]]: ...

@@ -172,6 +172,23 @@ def test_search_with_costs_for_each_number_of_micro_batches() -> None:
     assert {c.num_micro_batches for c in found} == {4, 8, 32}
 
 
+def test_search_tells_its_progress_and_can_be_stopped() -> None:
+    told: list[tuple[int, int]] = []
+    layers = Layers(forward=[1.0] * 8)
+    options = {"num_micro_batches": [4, 8], "methods": ["1f1b", "zbv"], "max_simulations": 20}
+    search(layers, 4, progress=lambda done, total: told.append((done, total)), **options)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+    class StopError(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        search(layers, 4, progress=stop, **options)
+
+
 @pytest.mark.parametrize(
     ("call", "code"),
     [

@@ -41,11 +41,17 @@ pub struct Candidate {
 /// not fit comes last, with the reason.
 ///
 /// Costs as many simulations as [`PartitionOptions::max_simulations`] allows for each combination.
+/// After each one, `progress` is told how many are done, and of how many; it stops the search by
+/// answering `false`.
 ///
 /// # Errors
 ///
-/// [`Error::Input`] when there is nothing to try, or a cost or the machine cannot be.
-pub fn search(request: &SearchRequest) -> Result<Vec<Candidate>> {
+/// [`Error::Input`] when there is nothing to try, a cost or the machine cannot be, or the search
+/// was stopped.
+pub fn search(
+    request: &SearchRequest,
+    progress: &mut dyn FnMut(usize, usize) -> bool,
+) -> Result<Vec<Candidate>> {
     let nothing = |argument| {
         Err(Error::input(
             "nothing_to_try",
@@ -61,22 +67,25 @@ pub fn search(request: &SearchRequest) -> Result<Vec<Candidate>> {
     if request.loads.is_empty() {
         return nothing("micro_batches");
     }
-    let mut candidates = Vec::new();
+    let combinations = combinations(request);
+    let total = combinations.len() * request.loads.len();
+    let mut candidates = Vec::with_capacity(total);
     for (num_micro_batches, layers) in &request.loads {
         let first = candidates.len();
-        for &method in &request.methods {
-            let stages: Vec<Option<usize>> =
-                if method.takes_stages_per_rank() && !request.stages_per_rank.is_empty() {
-                    request.stages_per_rank.iter().copied().map(Some).collect()
-                } else {
-                    vec![None]
-                };
-            for stages_per_rank in stages {
-                let asked = Request {
-                    stages_per_rank,
-                    ..Request::new(method, request.num_ranks, *num_micro_batches)
-                };
-                candidates.push(attempt(asked, layers, &request.options)?);
+        for &(method, stages_per_rank) in &combinations {
+            let asked = Request {
+                stages_per_rank,
+                ..Request::new(method, request.num_ranks, *num_micro_batches)
+            };
+            candidates.push(attempt(asked, layers, &request.options)?);
+            if !progress(candidates.len(), total) {
+                return Err(Error::input(
+                    "stopped",
+                    "progress",
+                    format!("false after {} of {total}", candidates.len()),
+                    "true to go on",
+                    "search less: fewer methods, or fewer simulations for each",
+                ));
             }
         }
         compare_overlap(&mut candidates[first..], layers, &request.options)?;
@@ -84,6 +93,21 @@ pub fn search(request: &SearchRequest) -> Result<Vec<Candidate>> {
     candidates.sort_by(|a, b| a.time_per_micro_batch.total_cmp(&b.time_per_micro_batch));
     explain(&mut candidates, &request.options);
     Ok(candidates)
+}
+
+/// The schedules to try, those that take any number of stages a rank with every number asked for.
+fn combinations(request: &SearchRequest) -> Vec<(Method, Option<usize>)> {
+    let stages = |method: Method| -> Vec<Option<usize>> {
+        if method.takes_stages_per_rank() && !request.stages_per_rank.is_empty() {
+            request.stages_per_rank.iter().copied().map(Some).collect()
+        } else {
+            vec![None]
+        }
+    };
+    let methods = request.methods.iter();
+    methods
+        .flat_map(|&method| stages(method).into_iter().map(move |v| (method, v)))
+        .collect()
 }
 
 fn attempt(request: Request, layers: &[Layer], options: &PartitionOptions) -> Result<Candidate> {

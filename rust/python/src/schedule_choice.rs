@@ -81,6 +81,7 @@ pub(crate) fn search_schedules<'py>(
     loads: Vec<(u32, LayerArrays<'py>)>,
     stages_per_rank: Vec<usize>,
     machine: Machine<'py>,
+    progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<Tried<'py>>> {
     let methods: pipeline::Result<Vec<Method>> =
         methods.iter().map(|name| Method::from_name(name)).collect();
@@ -95,9 +96,24 @@ pub(crate) fn search_schedules<'py>(
         stages_per_rank,
         options: options_of(&machine)?,
     };
-    let candidates = py
-        .detach(|| pipeline::search(&request))
-        .map_err(|error| schedule_error(py, &error))?;
+    // What stops the search from Python: an exception of the callback, or Ctrl-C.
+    let mut raised = None;
+    let candidates = py.detach(|| {
+        pipeline::search(&request, &mut |done, total| {
+            let told = Python::attach(|py| {
+                py.check_signals()?;
+                progress
+                    .as_ref()
+                    .map_or(Ok(()), |tell| tell.call1(py, (done, total)).map(drop))
+            });
+            raised = told.err();
+            raised.is_none()
+        })
+    });
+    if let Some(raised) = raised {
+        return Err(raised);
+    }
+    let candidates = candidates.map_err(|error| schedule_error(py, &error))?;
     Ok(candidates
         .into_iter()
         .map(|candidate| tried(py, candidate))
