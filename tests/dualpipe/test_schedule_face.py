@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pickle
@@ -75,6 +76,51 @@ def test_timelines_respect_the_order(
         timeline.end
     )
     np.testing.assert_allclose(timeline.busy + timeline.idle, timeline.makespan)
+
+
+WORDS = [
+    f"{mark}{stage}{copy}{letter}{number}{tail}"
+    for stage in (0, 1)
+    for copy in ("", "'")
+    for mark, letter, number, tail in (
+        *(("", letter, number, "") for letter in "FBIW" for number in (0, 1)),
+        *(
+            (mark, letter, 0, tail)
+            for letter in "fb"
+            for mark, tail in (("<", ""), ("", ">"), ("", "!"))
+        ),
+        ("", "R", "", ""),
+        ("", "R", "", "!"),
+        ("", "U", "", ""),
+    )
+] + ["(0F0 1B1)", "(1F1 1'B0)"]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(WORDS), max_size=12), min_size=2, max_size=2), st.booleans()
+)
+def test_nonsense_is_refused_or_runs(streams: list[list[str]], two_copies: bool) -> None:
+    """Whatever stands in a text, the answer is a value or a ScheduleError."""
+    second = "copy 1: 2 micro-batches through ranks 1 0\n" if two_copies else ""
+    rows = "".join(f"rank {rank}: {' '.join(words)}\n" for rank, words in enumerate(streams))
+    text = (
+        f"schedule x\nranks 2, stages 2\ncopy 0: 2 micro-batches through ranks 0 1\n{second}{rows}"
+    )
+    try:
+        schedule = Schedule.parse(text, check=False)
+    except ScheduleError:
+        return
+    assert Schedule.parse(schedule.text(), check=False) == schedule
+    for call in (
+        lambda: schedule.verify(activation_bytes=3, message_bytes=2),
+        lambda: schedule.simulate(Costs(message_bytes=1.0), activation_bytes=3),
+        lambda: schedule.simulate(sends="blocking", pairs="early_forward"),
+        schedule.place_transfers,
+        schedule.forward_only,
+        schedule.to_csv,
+    ):
+        with contextlib.suppress(ScheduleError):
+            call()
 
 
 def test_values() -> None:

@@ -105,17 +105,21 @@ impl<'a> Meter<'a> {
             self.peak.bytes = self.peak.bytes.max(self.now.bytes);
             self.now.bytes = (self.now.bytes).saturating_sub(self.bytes_freed(sizes, op));
         }
+        // Saturating, because a schedule that has not been proved may free what it never held.
         let received = self.uses_a_receive(op);
+        let free = |count: &mut u32| *count = count.saturating_sub(1);
         let now = &mut self.now;
-        now.receive_buffers = now.receive_buffers.saturating_sub(u32::from(received));
+        if received {
+            free(&mut now.receive_buffers);
+        }
         match op.kind {
-            Kind::Forward if !self.schedule.has_backward() => now.activations -= 1,
-            Kind::Backward | Kind::OverlapBackward => now.activations -= 1,
+            Kind::Forward if !self.schedule.has_backward() => free(&mut now.activations),
+            Kind::Backward | Kind::OverlapBackward => free(&mut now.activations),
             Kind::BackwardWeight => {
-                now.activations -= 1;
-                now.kept -= 1;
+                free(&mut now.activations);
+                free(&mut now.kept);
             }
-            Kind::WaitActivation | Kind::WaitGradient => now.send_buffers -= 1,
+            Kind::WaitActivation | Kind::WaitGradient => free(&mut now.send_buffers),
             _ => {}
         }
     }
@@ -165,7 +169,10 @@ fn message_bytes(sizes: &Sizes, op: Op) -> u64 {
         Kind::SendActivation | Kind::WaitActivation | Kind::ReceiveGradient => {
             sizes.message_bytes[stage]
         }
-        _ => sizes.message_bytes[stage - 1],
+        // Nothing moves there before the first stage, unless the schedule is wrong.
+        _ => stage
+            .checked_sub(1)
+            .map_or(0, |before| sizes.message_bytes[before]),
     }
 }
 
