@@ -244,7 +244,7 @@ class Schedule:
         Raises:
             ScheduleError: ``unknown_word`` with row and cell, ``torn_pair``, ``missing_row``,
                 ``two_ranks`` for a stage on two ranks, ``mixed_dialects``, ``idle_cells``,
-                ``no_transfers``; with ``check``, as :meth:`verify`.
+                ``no_transfers``, ``name``; with ``check``, as :meth:`verify`.
         """
         core = _core.Schedule.from_csv(_text(csv, "csv"), name)
         if num_ranks is not None and core.num_ranks != num_ranks:
@@ -292,7 +292,8 @@ class Schedule:
                 hint="is it a schedule at all?",
             ) from error
         if file.suffix == ".csv":
-            return cls.from_csv(content, name=file.stem, check=check)
+            printable = (c if c.isprintable() and c != "#" else "_" for c in file.stem.strip())
+            return cls.from_csv(content, name="".join(printable) or "csv", check=check)
         if file.suffix == ".json":
             return cls.from_json(content, check=check)
         return cls.parse(content, check=check)

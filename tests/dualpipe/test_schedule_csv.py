@@ -119,3 +119,17 @@ def test_a_deadlock_names_the_circle() -> None:
     ]
     assert "[0f1>]" in str(error)
     assert "[1b0>]" in str(error)
+
+
+@pytest.mark.parametrize("name", ["", " x", "a\nb", "a#b", "\x00"])
+def test_names_stand_in_a_line(name: str) -> None:
+    with pytest.raises(ScheduleError) as caught:
+        Schedule.from_csv("0F0,0B0\n", name=name)
+    assert caught.value.code == "name"
+
+
+def test_any_file_name_will_do(tmp_path: Path) -> None:
+    path = tmp_path / "zbv #2.csv"
+    path.write_text("0F0,0B0\n")
+    schedule = Schedule.load(path)
+    assert Schedule.parse(schedule.text()) == schedule

@@ -266,7 +266,7 @@ impl Schedule {
     ///
     /// # Errors
     ///
-    /// [`Error::Input`] when `starts` does not cut `ops` into one stream per rank, an instruction
+    /// [`Error::Input`] when the name cannot stand in a line, `starts` does not cut `ops` into one stream per rank, an instruction
     /// names something that does not exist, or an overlapped pair is torn.
     pub fn new(
         name: impl Into<String>,
@@ -274,6 +274,17 @@ impl Schedule {
         starts: Vec<usize>,
         ops: Vec<Op>,
     ) -> Result<Self> {
+        let name = name.into();
+        let prints = !name.contains(|c: char| c.is_control() || c == '#');
+        if name.is_empty() || name.trim() != name || !prints {
+            return Err(Error::input(
+                "name",
+                "name",
+                format!("{name:?}"),
+                "a name without line breaks, `#`, or blanks around it",
+                "it stands in the first line of the schedule's text",
+            ));
+        }
         let cuts_well = starts.len() == layout.num_ranks() + 1
             && starts.first() == Some(&0)
             && starts.last() == Some(&ops.len())
@@ -327,7 +338,7 @@ impl Schedule {
                 }
             }
         }
-        Ok(Self::from_parts(name.into(), layout, starts, ops))
+        Ok(Self::from_parts(name, layout, starts, ops))
     }
 
     /// For the generators, whose streams are well formed by construction.
