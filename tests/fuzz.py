@@ -217,7 +217,7 @@ def load(case: Case, num_experts: int) -> tuple[Any, Floats | None]:
         return np.repeat(plain, 2, axis=1)[:, ::2], plain
     if form == 5 and case.chance(0.2):
         return plain[::-1], plain[::-1]
-    if form == 6 and case.chance(0.2) and "torch" in sys.modules:
+    if form == 6 and case.chance(0.2) and sys.modules.get("torch"):
         return tensor(case, plain), plain
     return plain, plain
 

@@ -166,18 +166,19 @@ def plot(
 
 def grid(timeline: Timeline) -> str:
     """The timeline as text: a line per rank, a column per unit of time; overlapped pairs in
-    brackets, `'` marks the second copy of a stage, `.` is idle.
+    brackets, `'` marks the rank's second stage, or second direction, and so on; `.` is idle.
 
     A computation stands where it starts and fills its time with `-`. Times are rounded to whole
     units, so choose the unit by the costs.
     """
     rows: list[list[str]] = []
     columns = max(int(np.ceil(timeline.makespan)), 1)
+    marks = _marks(timeline.schedule.placement.tolist())
     for _ in range(timeline.schedule.num_ranks):
         rows.append(["."] * columns)
     for box in _boxes(timeline):
         first, last = round(box.start), max(round(box.end), round(box.start) + 1)
-        mark = "'" * box.step.copy
+        mark = "'" * marks[box.rank, box.step.copy, box.step.stage]
         label = f"{box.kind.name}{mark}{box.step.micro_batch}"
         if box.pair:
             label = f"[{label}" if box.kind is Kind.F else f"{label}]"
@@ -190,6 +191,17 @@ def grid(timeline: Timeline) -> str:
         f"{name:{name_width}} {' '.join(f'{cell:{width}}' for cell in row)}".rstrip()
         for name, row in zip(names, rows, strict=True)
     )
+
+
+def _marks(placement: list[list[int]]) -> dict[tuple[int, int, int], int]:
+    """For each rank, copy and stage, how many the rank holds before it."""
+    held: dict[int, int] = {}
+    marks: dict[tuple[int, int, int], int] = {}
+    for copy, ranks in enumerate(placement):
+        for stage, rank in enumerate(ranks):
+            marks[rank, copy, stage] = held.get(rank, 0)
+            held[rank] = held.get(rank, 0) + 1
+    return marks
 
 
 def to_perfetto(

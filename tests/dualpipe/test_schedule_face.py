@@ -298,6 +298,13 @@ def test_grid() -> None:
     ]
 
 
+def test_grid_marks_the_second_stage_of_a_rank() -> None:
+    schedule = Schedule.generate("zbv", 2, 2)
+    first, second = grid(schedule.simulate()).splitlines()
+    assert first == "rank 0 F0  F1  .   F'0 I'0 W'0 F'1 I'1 W'1 I0  W0  .   I1  W1"
+    assert second.startswith("rank 1 .   F0  F'0 F1  F'1 .   I'0")
+
+
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_pictures(tmp_path, suffix: str) -> None:
     pytest.importorskip("matplotlib")

@@ -156,8 +156,8 @@ def test_counts_that_are_tensors_work() -> None:
             "num_replicas",
             ["(2)", "number of experts (4)", "4"],
         ),
-        ({"num_groups": 3}, "not_multiple", "num_experts", ["(4)", "`num_groups` (3)"]),
-        ({"num_groups": 8}, "not_multiple", "num_experts", ["(4)", "`num_groups` (8)"]),
+        ({"num_groups": 3}, "not_divisor", "num_groups", ["(3)", "experts (4)", "nearest: 2, 4"]),
+        ({"num_groups": 8}, "not_divisor", "num_groups", ["(8)", "experts (4)", "nearest: 4"]),
     ],
 )
 def test_counts_that_do_not_fit(
@@ -761,7 +761,7 @@ PHY2LOG = [[0, 1, 2, 3, 0, 1, 2, 3]] * 2
         ({"load": LOAD[:, :3]}, "out_of_range", "phy2log"),
         ({"num_groups": 0}, "not_positive", "num_groups"),
         ({"num_groups": "1"}, "not_integer", "num_groups"),
-        ({"num_groups": 3}, "not_multiple", "num_experts"),
+        ({"num_groups": 3}, "not_divisor", "num_groups"),
         ({"policy": 3}, "wrong_type", "policy"),
         ({"layer_ids": [1]}, "wrong_shape", "layer_ids"),
         ({"layer_ids": [1, 2, 3]}, "wrong_shape", "layer_ids"),

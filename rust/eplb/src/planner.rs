@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::deepseek;
-use crate::error::{Code, Error, Result, require_positive};
+use crate::error::{Code, Error, Result, require_groups, require_positive};
 use crate::load::Load;
 use crate::placement::{Placement, PlacementMut, Replica};
 use crate::topology::Topology;
@@ -170,7 +170,7 @@ impl Planner {
     /// where it goes. This is the whole computation; what is left is writing.
     ///
     /// # Errors
-    /// [`Code::TooSmall`] if there are fewer slots than experts, [`Code::NotMultiple`] if experts
+    /// [`Code::TooSmall`] if there are fewer slots than experts, [`Code::NotDivisor`] if experts
     /// do not divide into groups, [`Code::TooLarge`] if the scratch does not fit in memory.
     pub fn draft(&self, load: &Load<'_>) -> Result<Draft<'_>> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
@@ -281,6 +281,16 @@ impl Drop for Draft<'_> {
         let scratch = std::mem::take(&mut self.scratch);
         idle.unwrap_or_else(PoisonError::into_inner).push(scratch);
     }
+}
+
+/// Refuses a number of groups that experts do not divide into.
+///
+/// # Errors
+/// [`Code::NotPositive`] for a zero, [`Code::NotDivisor`] with the nearest that would do.
+pub fn check_groups(num_groups: usize, num_experts: usize) -> Result<()> {
+    require_positive("num_groups", num_groups)?;
+    require_positive("num_experts", num_experts)?;
+    require_groups(num_groups, num_experts)
 }
 
 /// Refuses fewer slots than experts.

@@ -19,7 +19,7 @@ mod _core {
     #[pymodule_export]
     use crate::placement::{Placement, lower_bound};
     #[pymodule_export]
-    use crate::planner::Planner;
+    use crate::planner::{Planner, check_groups};
     #[pymodule_export]
     use crate::schedule::{Schedule, schedule_methods};
     #[pymodule_export]

@@ -278,3 +278,15 @@ fn contiguous<'a, D: Dimension>(
         .as_slice_mut()
         .map_err(|_| not_contiguous(py, argument))
 }
+
+/// Refuses a number of groups that experts do not divide into.
+#[pyfunction]
+pub(crate) fn check_groups(
+    py: Python<'_>,
+    num_groups: &Bound<'_, PyAny>,
+    num_experts: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let num_groups = count(num_groups, "num_groups")?;
+    let num_experts = count(num_experts, "num_experts")?;
+    eplb::planner::check_groups(num_groups, num_experts).map_err(|error| plan_error(py, &error))
+}
