@@ -300,9 +300,10 @@ def test_grid() -> None:
 
 def test_grid_marks_the_second_stage_of_a_rank() -> None:
     schedule = Schedule.generate("zbv", 2, 2)
-    first, second = grid(schedule.simulate()).splitlines()
-    assert first == "rank 0 F0  F1  .   F'0 I'0 W'0 F'1 I'1 W'1 I0  W0  .   I1  W1"
-    assert second.startswith("rank 1 .   F0  F'0 F1  F'1 .   I'0")
+    assert grid(schedule.simulate()).splitlines() == [
+        "rank 0 F0  F1  .   F'0 I'0 W'0 F'1 I'1 W'1 I0  W0  .   I1  W1",
+        "rank 1 .   F0  F'0 F1  F'1 I'0 W'0 I0  W0  I'1 W'1 I1  W1  .",
+    ]
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
