@@ -199,7 +199,7 @@ class Schedule:
                 ``odd_ranks``, ``stages_per_rank``, or ``layout`` where it would be too large.
 
         Cost: O(instructions). For DualPipeV with 64 ranks and 512 micro-batches (524,256
-        instructions) 10 to 15 ms, and 16 to 25 ms for the proof.
+        instructions) 7 to 10 ms, and 15 to 20 ms for the proof.
         """
         core = _core.Schedule.generate(
             str(method),
@@ -411,7 +411,7 @@ class Schedule:
             ScheduleError: Another rule is broken, named by ``code``, at ``rank`` and ``index``;
                 or ``transports``, ``sizes``, for arguments that cannot be.
 
-        Cost: O(instructions), about 30 to 50 ns each.
+        Cost: O(instructions), 30 to 40 ns each.
         """
         unknown = [transport for transport in transports if transport not in _TRANSPORTS]
         if unknown or not transports or isinstance(transports, str):
@@ -462,7 +462,7 @@ class Schedule:
                 be, ``stuck`` where blocking sends wait for one another, and as :meth:`verify`
                 where the schedule cannot run to its end.
 
-        Cost: O(instructions), about 50 ns each.
+        Cost: O(instructions), about 40 ns each.
         """
         _one_of("sends", sends, ("asynchronous", "blocking"))
         _one_of("pairs", pairs, ("atomic", "early_forward"))

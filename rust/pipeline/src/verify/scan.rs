@@ -290,25 +290,19 @@ impl Walk<'_> {
             _ => return Ok(()),
         };
         if met & excludes != 0 {
-            return Err(if met & excludes & !bit == 0 || op.kind == Kind::Backward {
-                (
-                    Rule::Twice,
-                    format!(
-                        "micro-batch {} has had its {} on stage {} already",
-                        op.micro_batch,
-                        op.kind.describe(),
-                        op.stage
-                    ),
-                )
-            } else {
-                (
-                    Rule::Order,
-                    format!(
-                        "micro-batch {} is further on stage {} already; move it forward",
-                        op.micro_batch, op.stage
-                    ),
-                )
-            });
+            let what = match op.kind {
+                Kind::Forward | Kind::OverlapForward => "forward",
+                Kind::BackwardWeight => "backward for the weights",
+                kind if kind.is_compute() => "backward",
+                kind => kind.describe(),
+            };
+            return Err((
+                Rule::Twice,
+                format!(
+                    "micro-batch {} has had its {what} on stage {} already",
+                    op.micro_batch, op.stage
+                ),
+            ));
         }
         if met & needs != needs {
             let missing = match needs {
@@ -353,7 +347,7 @@ impl Walk<'_> {
                 if op.stage == 0 {
                     return Ok(());
                 }
-                (slot - step, F, RECEIVED_F, "activation")
+                (slot - step, F, RECEIVED_F, "an activation")
             }
             _ => {
                 if op.kind.ends_micro_batch() {
@@ -373,36 +367,24 @@ impl Walk<'_> {
                 if usize::from(op.stage) + 1 == layout.num_stages() {
                     return Ok(());
                 }
-                (slot + step, B | I, RECEIVED_B, "gradient")
+                (slot + step, B | I, RECEIVED_B, "a gradient")
             }
         };
         if self.wires.arrives_on(op).is_none() {
             // The same rank holds the neighbouring stage: program order decides.
             if self.met[source] & made == 0 {
                 let message = format!(
-                    "its input, the {what} of the neighbouring stage on this rank, is not there yet; move it back"
+                    "its input, {what} of the neighbouring stage on this rank, is not there yet; move it back"
                 );
                 return Err((Rule::Order, message));
             }
-            if op.kind == Kind::OverlapBackward && self.pairs_with_source(rank, index, source) {
-                return Err((
-                    Rule::Order,
-                    "one half of the pair needs the other's result".into(),
-                ));
-            }
         } else if self.schedule.has_transfers() && self.met[slot] & received == 0 {
             let message = format!(
-                "its input, an {what} from another rank, has not been asked for; put the receive before it"
+                "its input, {what} from another rank, has not been asked for; put the receive before it"
             );
-            return Err((Rule::Pairing, message.replace("an gradient", "a gradient")));
+            return Err((Rule::Pairing, message));
         }
         Ok(())
-    }
-
-    /// Whether the forward half of the pair at `index` works on the given slot.
-    fn pairs_with_source(&self, rank: usize, index: usize, source: usize) -> bool {
-        let partner = self.schedule.stream(rank)[index - 1];
-        self.schedule.layout().slot(partner) == source && self.met[source] & (B | I) == 0
     }
 
     #[inline]
