@@ -49,3 +49,7 @@ pub use load::Load;
 pub use placement::{Placement, PlacementMut, Replica};
 pub use planner::{Planner, Policy};
 pub use topology::Topology;
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
