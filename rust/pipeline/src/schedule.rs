@@ -241,7 +241,7 @@ impl Layout {
 ///
 /// A value of this type is well formed: every instruction names a copy, stage and micro-batch
 /// that exist, and overlapped pairs stand whole. Whether the schedule is *right* is what
-/// [`verify`](crate::verify::verify) proves; the streams that [`generate`](crate::generate) makes are.
+/// [`verify`](crate::verify::verify) proves; the streams that [`Request`](crate::Request) makes are.
 ///
 /// ```
 /// use pipeline::{Method, Request, Schedule};
