@@ -8,6 +8,9 @@ mod arguments;
 mod errors;
 mod placement;
 mod planner;
+mod schedule;
+mod schedule_choice;
+mod schedule_errors;
 mod topology;
 
 /// Planning core of `eplb_rs` and `dualpipe`. Use the packages; this module is theirs.
@@ -17,6 +20,10 @@ mod _core {
     use crate::placement::{Placement, lower_bound};
     #[pymodule_export]
     use crate::planner::{Planner, check_groups};
+    #[pymodule_export]
+    use crate::schedule::{Schedule, schedule_methods};
+    #[pymodule_export]
+    use crate::schedule_choice::{partition_layers, search_schedules};
     #[pymodule_export]
     use crate::topology::Topology;
 
