@@ -167,7 +167,7 @@ def uneven() -> Iterator[str]:
 
 
 def cost() -> Iterator[str]:
-    """The last run of bench_schedules.py that was kept."""
+    """The last run of schedules.py that was kept."""
     kept = json.loads(RESULTS.read_text(encoding="utf-8"))
     yield row("schedule", "instructions", "generate", "verify", "simulate", "PyTorch, generate")
     yield row("---", "--:", "--:", "--:", "--:", "--:")

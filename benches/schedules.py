@@ -1,6 +1,6 @@
 """Times schedules beside PyTorch: generate and lower, verify, simulate.
 
-    python benches/bench_schedules.py [--repeats 30] [--no-torch] [--output FILE]
+    python benches/schedules.py [--repeats 30] [--no-torch] [--output FILE]
 
 One core, one process. PyTorch generates and lowers the same schedule once (it takes seconds); its
 compute order is compared with ours, word for word. Medians and the 95th percentile of the
