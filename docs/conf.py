@@ -41,18 +41,21 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 
+# The command line's programs, and the modules that `python -m` runs for them.
+COMMANDS = {"eplb": "eplb_rs", "dualpipe": "dualpipe"}
+
+
 class CommandHelp(Directive):
     """What a command of the command line says of itself, run when the page is built."""
 
     required_arguments = 1
     optional_arguments = 1
-    modules = {"eplb": "eplb_rs", "dualpipe": "dualpipe"}
 
     def run(self) -> list[nodes.Node]:
         """The text of `PROGRAM [COMMAND] --help`."""
         program, *command = [*self.arguments, "--help"]
         done = subprocess.run(
-            [sys.executable, "-m", self.modules[program], *command],
+            [sys.executable, "-m", COMMANDS[program], *command],
             env={**os.environ, "COLUMNS": "90", "NO_COLOR": "1"},
             capture_output=True,
             check=True,
