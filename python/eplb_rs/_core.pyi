@@ -6,7 +6,18 @@ from typing import Final, Self, TypeAlias, final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Placement", "Planner", "Topology", "__version__", "lower_bound"]
+__all__ = [
+    "Placement",
+    "Planner",
+    "Schedule",
+    "Topology",
+    "__version__",
+    "check_groups",
+    "lower_bound",
+    "partition_layers",
+    "schedule_methods",
+    "search_schedules",
+]
 
 __version__: Final[str]
 
