@@ -184,7 +184,7 @@ def test_help_and_version(run):
         (("--gpus", 32, "--replicas", 290), "nearest: 288, 320"),
         (("--gpus", 32, "--replicas", 224), "--replicas (224) must be at least the number of"),
         (("--gpus", 32, "--nodes", 5), "--gpus (32) must be a multiple of --nodes (5)"),
-        (("--gpus", 32, "--groups", 7), "must be a multiple of --groups (7)"),
+        (("--gpus", 32, "--groups", 7), "must be a divisor of the number of experts"),
         (("--gpus", 32, "--replicas", 2**70), "--replicas"),
         (("--gpus", 2**40), "--replicas"),
         (("--gpus", 32, "--threads", 10**9), "--threads"),

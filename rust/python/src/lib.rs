@@ -10,6 +10,9 @@ mod errors;
 mod placement;
 mod planner;
 mod realtime;
+mod schedule;
+mod schedule_choice;
+mod schedule_errors;
 mod split;
 mod topology;
 
@@ -22,6 +25,10 @@ mod _core {
     use crate::planner::{Planner, check_groups};
     #[pymodule_export]
     use crate::realtime::StepPlanner;
+    #[pymodule_export]
+    use crate::schedule::{Schedule, schedule_methods};
+    #[pymodule_export]
+    use crate::schedule_choice::{partition_layers, search_schedules};
     #[pymodule_export]
     use crate::split::Splitter;
     #[pymodule_export]
