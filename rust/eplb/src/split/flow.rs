@@ -234,7 +234,7 @@ impl Flow {
             }
             let loads = ranks.iter().map(|&rank| self.rank_load[rank as usize]);
             let mean = ceil_div(loads.sum(), ranks.len() as i64);
-            self.grow_tree(graph, ranks[0]);
+            self.grow_tree(graph, ranks[0], ranks.len());
             for place in (1..self.queue.len()).rev() {
                 let rank = self.queue[place] as usize;
                 let (own, other) = self.way[rank];
@@ -249,8 +249,9 @@ impl Flow {
         }
     }
 
-    /// Queues the ranks that items which are on both sides link to a rank, breadth first.
-    fn grow_tree(&mut self, graph: &Graph<'_>, root: u32) {
+    /// Queues the ranks that items which are on both sides link to a rank, breadth first, until
+    /// there are so many.
+    fn grow_tree(&mut self, graph: &Graph<'_>, root: u32, all: usize) {
         self.queue.clear();
         self.queue.push(root);
         self.rank_seen[root as usize] = self.search;
@@ -271,6 +272,9 @@ impl Flow {
                         self.way[rank as usize] = (to, from);
                         self.queue.push(rank);
                     }
+                }
+                if self.queue.len() == all {
+                    return;
                 }
             }
         }
