@@ -24,6 +24,8 @@ const WIDTH: usize = 8;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Copy {
     pub(super) expert: u32,
+    /// The rank that the expert is at home on.
+    home: u32,
     /// The spare slot: `rank * spare_slots + number`.
     pub(super) slot: u32,
     pub(super) rank: u32,
@@ -215,7 +217,7 @@ impl Relief {
         let mut best = 0;
         let mut relay = 0;
         for (index, copy) in self.copies.iter().enumerate() {
-            let through = copy.expert as usize / self.home_slots;
+            let through = copy.home as usize;
             let gap = self.below[copy.rank as usize].min(self.left[copy.expert as usize]);
             let fits = if best >= wanted {
                 gap >= wanted && gap < best
@@ -234,7 +236,7 @@ impl Relief {
         copy.tokens += tokens;
         self.left[copy.expert as usize] -= tokens;
         self.below[copy.rank as usize] -= tokens;
-        let through = copy.expert as usize / self.home_slots;
+        let through = copy.home as usize;
         let is_there =
             |copy: &&mut Copy| copy.expert as usize == expert && copy.rank as usize == through;
         match self.copies.iter_mut().find(is_there) {
@@ -255,6 +257,7 @@ impl Relief {
         self.room[to] -= 1;
         self.copies.push(Copy {
             expert: expert as u32,
+            home: from as u32,
             slot: (to * self.spare_slots) as u32 + number,
             rank: to as u32,
             tokens,
