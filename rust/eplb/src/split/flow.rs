@@ -25,7 +25,7 @@ pub(crate) struct Graph<'a> {
     /// Where an item may go: a rank each, in the order of items, then ranks.
     pub(crate) entries: &'a [Entry],
     /// The entries of each rank, rank by rank.
-    pub(crate) at_rank: &'a [u32],
+    pub(crate) at_rank: &'a [AtRank],
     /// Where the entries of each rank end, `[num_ranks]`.
     pub(crate) at_rank_ends: &'a [u32],
     /// Ranks, one connected component after another.
@@ -35,7 +35,7 @@ pub(crate) struct Graph<'a> {
 }
 
 impl<'a> Graph<'a> {
-    fn entries_at(&self, rank: u32) -> &'a [u32] {
+    fn entries_at(&self, rank: u32) -> &'a [AtRank] {
         let rank = rank as usize;
         let begin = rank
             .checked_sub(1)
@@ -53,10 +53,16 @@ pub(crate) struct Item {
     pub(crate) end: u32,
 }
 
+/// An entry as its rank lists it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AtRank {
+    pub(crate) entry: u32,
+    pub(crate) item: u32,
+}
+
 /// An item on a rank.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Entry {
-    pub(crate) item: u32,
     pub(crate) rank: u32,
 }
 
@@ -258,9 +264,9 @@ impl Flow {
         let mut next = 0;
         while let Some(&rank) = self.queue.get(next) {
             next += 1;
-            for &from in graph.entries_at(rank) {
-                let item = graph.entries[from as usize].item as usize;
-                if self.flow[from as usize] == 0 || self.item_seen[item] == self.search {
+            for &AtRank { entry: from, item } in graph.entries_at(rank) {
+                let item = item as usize;
+                if self.item_seen[item] == self.search || self.flow[from as usize] == 0 {
                     continue;
                 }
                 self.item_seen[item] = self.search;
@@ -317,9 +323,9 @@ impl Flow {
         let mut next = 0;
         while let Some(&rank) = self.queue.get(next) {
             next += 1;
-            for &from in graph.entries_at(rank) {
-                let item = graph.entries[from as usize].item as usize;
-                if self.flow[from as usize] == 0 || self.item_seen[item] == self.search {
+            for &AtRank { entry: from, item } in graph.entries_at(rank) {
+                let item = item as usize;
+                if self.item_seen[item] == self.search || self.flow[from as usize] == 0 {
                     continue;
                 }
                 self.item_seen[item] = self.search;

@@ -1,6 +1,6 @@
 //! A placement as the solver walks it: which experts ranks share, layer by layer.
 
-use super::flow::{Entry, Graph, Item};
+use super::flow::{AtRank, Entry, Graph, Item};
 use crate::placement::Placement;
 
 /// The graphs of all layers, in flat arrays.
@@ -11,7 +11,7 @@ pub(super) struct Graphs {
     single_ends: Vec<u32>,
     items: Vec<Item>,
     entries: Vec<Entry>,
-    at_rank: Vec<u32>,
+    at_rank: Vec<AtRank>,
     at_rank_ends: Vec<u32>,
     component_ranks: Vec<u32>,
     component_ends: Vec<u32>,
@@ -155,15 +155,12 @@ impl Graphs {
                 for (number, shared) in (0..).zip(&mut self.slots[place..place + same]) {
                     (shared.entry, shared.parts, shared.number) = (entry, same as u32, number);
                 }
-                self.entries.push(Entry {
-                    item: number as u32,
-                    rank,
-                });
+                self.entries.push(Entry { rank });
                 place += same;
             }
             item.end = (self.entries.len() - first_entry) as u32;
         }
-        self.index_ranks(first_entry, fill);
+        self.index_ranks(first_item, first_entry, fill);
         let components = self.join_components(first_item, first_entry, component, fill);
         self.ends.push([
             self.singles.len(),
@@ -175,7 +172,7 @@ impl Graphs {
     }
 
     /// Sorts a layer's entries by rank.
-    fn index_ranks(&mut self, first_entry: usize, fill: &mut Vec<u32>) {
+    fn index_ranks(&mut self, first_item: usize, first_entry: usize, fill: &mut Vec<u32>) {
         let entries = &self.entries[first_entry..];
         fill.clear();
         fill.resize(self.num_ranks + 1, 0);
@@ -186,11 +183,14 @@ impl Graphs {
             fill[rank + 1] += fill[rank];
         }
         self.at_rank_ends.extend_from_slice(&fill[1..]);
-        self.at_rank.resize(self.entries.len(), 0);
-        for (index, entry) in (0..).zip(entries) {
-            let place = &mut fill[entry.rank as usize];
-            self.at_rank[first_entry + *place as usize] = index;
-            *place += 1;
+        let nothing = AtRank { entry: 0, item: 0 };
+        self.at_rank.resize(self.entries.len(), nothing);
+        for (item, of_item) in (0..).zip(&self.items[first_item..]) {
+            for entry in of_item.begin..of_item.end {
+                let place = &mut fill[entries[entry as usize].rank as usize];
+                self.at_rank[first_entry + *place as usize] = AtRank { entry, item };
+                *place += 1;
+            }
         }
     }
 
