@@ -45,7 +45,7 @@ class StepLimits:
 
     Attributes:
         target_imbalance: The largest over the mean rank load at which more copies are not worth
-            it; 1 asks for the least there is. 1.01 saves a fifth of the copies or more.
+            it; 1 asks for the least there is. 1.01 saves up to a third of the copies.
         max_copies: The most copies in all; ``None`` for no limit.
         max_out: The most copies of the experts of one home rank, which has to send their weights.
         max_in: The most copies into one rank, spare slots permitting.
@@ -251,7 +251,7 @@ class StepPlanner:
                 ``read_only``, ``not_contiguous`` or ``in_use`` for a buffer. The buffers are then
                 as they were.
 
-        Cost: about 5 us for 256 experts on 32 ranks, with quotas by source: see
+        Cost: 5 to 13 us for 256 experts on 32 ranks, with quotas by source: see
         ``benches/results/realtime.json``.
         """
         if not isinstance(out, StepBuffers):
