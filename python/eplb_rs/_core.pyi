@@ -231,6 +231,7 @@ def search_schedules(
     num_ranks: int,
     methods: list[str],
     loads: list[tuple[int, _Layers]],
+    one_batch: bool,
     stages_per_rank: list[int],
     machine: _Machine,
     progress: Callable[[int, int], object] | None,

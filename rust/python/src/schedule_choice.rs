@@ -79,6 +79,7 @@ pub(crate) fn search_schedules<'py>(
     num_ranks: usize,
     methods: Vec<String>,
     loads: Vec<(u32, LayerArrays<'py>)>,
+    one_batch: bool,
     stages_per_rank: Vec<usize>,
     machine: Machine<'py>,
     progress: Option<Py<PyAny>>,
@@ -93,6 +94,7 @@ pub(crate) fn search_schedules<'py>(
         num_ranks,
         methods: methods.map_err(|error| schedule_error(py, &error))?,
         loads: loads?,
+        one_batch,
         stages_per_rank,
         options: options_of(&machine)?,
     };
