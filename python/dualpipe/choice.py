@@ -209,8 +209,7 @@ def search(
     tried = _core.search_schedules(
         p,
         [str(method) for method in _several(methods, "methods")],
-        loads,
-        isinstance(layers, Mapping),
+        (loads, isinstance(layers, Mapping)),
         [_count(v, "stages_per_rank") for v in _several(stages_per_rank, "stages_per_rank")],
         _machine(machine, p, max_simulations),
         progress,

@@ -78,14 +78,14 @@ pub(crate) fn search_schedules<'py>(
     py: Python<'py>,
     num_ranks: usize,
     methods: Vec<String>,
-    loads: Vec<(u32, LayerArrays<'py>)>,
-    one_batch: bool,
+    loads: (Vec<(u32, LayerArrays<'py>)>, bool),
     stages_per_rank: Vec<usize>,
     machine: Machine<'py>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<Tried<'py>>> {
     let methods: pipeline::Result<Vec<Method>> =
         methods.iter().map(|name| Method::from_name(name)).collect();
+    let (loads, one_batch) = loads;
     let loads: PyResult<Vec<(u32, Vec<Layer>)>> = loads
         .iter()
         .map(|(count, layers)| Ok((*count, layers_of(layers)?)))
