@@ -6,7 +6,7 @@ Letters: P ranks, S stages, L layers. Times are in any one unit, bytes in bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from eplb_rs import _core
 
+from dualpipe._values import ByValue
 from dualpipe.errors import ScheduleError
 from dualpipe.schedule import METHODS, Schedule, _count, _figures, _link_figures, _one_of
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Candidate", "Layers", "Machine", "Partition", "partition", "search"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Layers:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layers(ByValue):
     """What the layers of a model cost for one micro-batch, embedding and head included.
 
     A single number stands for all layers; one of the three times must be an array.
@@ -44,8 +45,8 @@ class Layers:
     """A layer's output, sent on where the next layer lives elsewhere, `[L]`."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Machine(ByValue):
     """The ranks and the links between them."""
 
     rank_factor: npt.ArrayLike = 1.0
@@ -64,8 +65,8 @@ class Machine:
     """What a rank may hold."""
 
 
-@dataclass(frozen=True)
-class Partition:
+@dataclass(frozen=True, eq=False)
+class Partition(ByValue):
     """Layers cut into stages: stage s holds layers `bounds[s]` to `bounds[s + 1]`."""
 
     bounds: tuple[int, ...]
@@ -86,8 +87,8 @@ class Partition:
     """How far from optimal it may be at most, as a part; 0 where it is exact."""
 
 
-@dataclass(frozen=True)
-class Candidate:
+@dataclass(frozen=True, eq=False)
+class Candidate(ByValue):
     """One combination that :func:`search` has tried."""
 
     method: str
@@ -175,8 +176,8 @@ def search(
 
     Args:
         layers: What the layers cost for one micro-batch; or, where the batch is fixed and its
-            micro-batches differ in size, that for every number of micro-batches. Divide then
-            by :attr:`Candidate.num_micro_batches` no more: compare `partition.makespan`.
+            micro-batches differ in size, that for every number of micro-batches; whole steps
+            are compared then.
         num_ranks: P.
         num_micro_batches: The numbers to try; by default 2P and 4P, or the mapping's keys.
         methods: The schedules to try.
@@ -187,11 +188,13 @@ def search(
             exceptions end the search.
 
     Returns:
-        All combinations, the fastest first; those that cannot be or do not fit come last. `why`
+        All combinations, the fastest a micro-batch (or a step) first; those that cannot be or do not fit come last. `why`
         says for each what decided, for example below which overlap DualPipeV would win.
 
     Raises:
-        ScheduleError: ``nothing_to_try``, ``unknown_method``, ``negative_time``, ``length``.
+        ScheduleError: ``nothing_to_try``, ``unknown_method``, ``negative_time``, ``length``;
+            ``layers``, ``methods``, ``num_micro_batches``, ``stages_per_rank`` for what is not
+            layers, or no sequence.
 
     Cost: `max_simulations` times :meth:`Schedule.simulate` at most, for every combination.
     """
@@ -201,23 +204,20 @@ def search(
     else:
         counts = (2 * p, 4 * p) if num_micro_batches is None else num_micro_batches
         arrays = _layer_arrays(layers)
-        loads = [(_count(m, "num_micro_batches"), arrays) for m in counts]
+        several = _several(counts, "num_micro_batches")
+        loads = [(_count(m, "num_micro_batches"), arrays) for m in several]
     tried = _core.search_schedules(
         p,
-        [str(method) for method in methods],
-        loads,
-        [_count(v, "stages_per_rank") for v in stages_per_rank],
+        [str(method) for method in _several(methods, "methods")],
+        (loads, isinstance(layers, Mapping)),
+        [_count(v, "stages_per_rank") for v in _several(stages_per_rank, "stages_per_rank")],
         _machine(machine, p, max_simulations),
         progress,
     )
-    candidates = [
+    return [
         Candidate(method, p, m, v, None if cut is None else _partition(cut), time, wins, why)
         for method, m, v, cut, time, wins, why in tried
     ]
-    if isinstance(layers, Mapping):
-        # The batch is fixed: what counts is the step, not the micro-batch.
-        candidates.sort(key=lambda c: c.partition.makespan if c.partition else math.inf)
-    return candidates
 
 
 def _partition(found: tuple[Any, ...]) -> Partition:
@@ -225,7 +225,28 @@ def _partition(found: tuple[Any, ...]) -> Partition:
     return Partition(tuple(bounds), *rest)
 
 
+def _several(values: object, argument: str) -> list[Any]:
+    """Values of a sequence; a lone one is a mistake that would be read letter by letter, or fail."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ScheduleError(
+            code=argument,
+            argument=argument,
+            got=repr(values),
+            expected="a sequence",
+            hint=f"write [{values!r}]",
+        )
+    return list(values)
+
+
 def _layer_arrays(layers: Layers) -> Any:
+    if not isinstance(layers, Layers):
+        raise ScheduleError(
+            code="layers",
+            argument="layers",
+            got=type(layers).__name__,
+            expected="Layers",
+            hint="write Layers(forward=[...])",
+        )
     forward = layers.forward
     times = [
         forward,
@@ -261,7 +282,8 @@ def _machine(machine: Machine | None, p: int, max_simulations: int) -> Any:
     most = machine.max_bytes
     return (
         (
-            _figures(machine.rank_factor, "rank_factor", (p,)),
+            # More ranks than fit here are refused by the core.
+            _figures(machine.rank_factor, "rank_factor", (min(p, 2**16),)),
             _link_figures(machine.latency, "latency", p),
             _link_figures(machine.bandwidth, "bandwidth", p),
         ),

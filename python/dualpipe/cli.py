@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -57,16 +59,24 @@ activation_bytes, message_bytes, each a number or a list with one figure for eve
 }
 
 
+_MOST_STAGES = 65535
+"""What a schedule can have; more layers than stages make sense up to here too."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 1 for a refusal, 2 for wrong usage."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.run(options) or 0)
-    except ScheduleError as error:
+        options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, a pager) has seen enough. Python would complain again as it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ScheduleError, OSError, ImportError) as error:
         print(f"dualpipe: {error}", file=sys.stderr)
-    except (OSError, ImportError) as error:
-        print(f"dualpipe: {error}", file=sys.stderr)
-    return 1
+        return 1
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -132,10 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument("--methods", type=lambda text: text.split(","), default=list(METHODS))
     find.add_argument("--stages-per-rank", type=_counts, default=[2], metavar="V,...")
     find.add_argument(
-        "--memory-gb", type=float, metavar="GB", help="what a rank may hold, 10^9 bytes"
+        "--memory-gb", type=_gigabytes, metavar="GB", help="what a rank may hold, 10^9 bytes"
     )
     find.add_argument(
-        "--top", type=int, default=10, metavar="N", help="print the first N (default: 10)"
+        "--top", type=_whole, default=10, metavar="N", help="print the first N (default: 10)"
     )
     find.add_argument("--simulations", type=int, default=500, metavar="N", help="per combination")
     find.add_argument("--json", action="store_true", help="print JSON")
@@ -190,7 +200,7 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
 
 def _schedule(options: argparse.Namespace, *, check: bool = True) -> Schedule:
     path = Path(options.schedule)
-    if path.suffix or path.exists():
+    if path.suffix or path.is_file():
         schedule = Schedule.load(path, check=check)
         return schedule.forward_only() if options.forward_only else schedule
     if options.ranks is None or options.micro_batches is None:
@@ -316,7 +326,7 @@ def _search(options: argparse.Namespace) -> None:
             overlap_factor=options.overlap,
             pairs=options.pairs,
             sends=options.sends,
-            max_bytes=None if options.memory_gb is None else round(options.memory_gb * 1e9),
+            max_bytes=options.memory_gb,
         ),
         max_simulations=options.simulations,
         progress=_progress if sys.stderr.isatty() else None,
@@ -383,13 +393,38 @@ def _times(text: str) -> list[float]:
     """``0.1,0.6x3`` is 0.1 and three times 0.6."""
     times: list[float] = []
     for part in text.split(","):
-        time, _, count = part.partition("x")
-        times += [float(time)] * (int(count) if count else 1)
+        time, x, count = part.partition("x")
+        try:
+            repeated = int(count) if x else 1
+            if not 1 <= repeated <= _MOST_STAGES:
+                raise ValueError
+            times += [float(time)] * repeated
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"{part!r} must be a time, or a time and how often: 0.6, 0.6x3"
+            ) from None
     return times
 
 
 def _counts(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [_whole(part) for part in text.split(",")]
+
+
+def _whole(text: str) -> int:
+    if not text.strip().isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, 0 or more")
+    return int(text)
+
+
+def _gigabytes(text: str) -> int:
+    """In bytes."""
+    try:
+        bytes_ = float(text) * 1e9
+    except ValueError:
+        bytes_ = math.nan
+    if not 0 <= bytes_ < 2.0**53:
+        raise argparse.ArgumentTypeError(f"{text!r} must be 0 to 9007199 gigabytes")
+    return round(bytes_)
 
 
 def _spread(times: list[float], stages: int, argument: str) -> list[float] | float:

@@ -307,6 +307,7 @@ def _boxes(timeline: Timeline) -> Iterator[_Box]:
     """All computations; a pair as two boxes side by side, cut as its halves alone would be."""
     schedule = timeline.schedule
     starts = schedule._starts
+    halves = timeline.halves.tolist()
     for rank in range(schedule.num_ranks):
         stream = schedule.instructions(rank)
         begin, end = timeline.bounds[rank : rank + 2]
@@ -319,9 +320,12 @@ def _boxes(timeline: Timeline) -> Iterator[_Box]:
         for index, since, until in spans:
             step = stream[index]
             if step.kind is Kind.OVERLAP_F:
-                middle = since + (until - since) / 3
+                second = stream[index + 1]
+                forward, backward = halves[0][step.stage], halves[1][second.stage]
+                apart = forward + backward
+                middle = since + (until - since) * (forward / apart if apart else 0.5)
                 yield _Box(rank, since, middle, Kind.F, step, pair=True)
-                yield _Box(rank, middle, until, Kind.B, stream[index + 1], pair=True)
+                yield _Box(rank, middle, until, Kind.B, second, pair=True)
             else:
                 yield _Box(rank, since, until, _ALONE.get(step.kind, step.kind), step, pair=False)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from eplb_rs import _core
 
+from dualpipe._values import ByValue
 from dualpipe.errors import ScheduleError
 from dualpipe.instruction import Instruction, Kind
 
@@ -39,8 +41,8 @@ _FORMAT = "dualpipe schedule"
 _FORMAT_VERSION = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Costs:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Costs(ByValue):
     """How long instructions take, and what links cost.
 
     A single number stands for all stages, ranks or links.
@@ -68,8 +70,8 @@ class Costs:
     """The output of a stage, and so its gradient, `[S]`."""
 
 
-@dataclass(frozen=True)
-class Peaks:
+@dataclass(frozen=True, eq=False)
+class Peaks(ByValue):
     """The most that each rank holds at once, all `[P]`."""
 
     activations: npt.NDArray[np.int64]
@@ -84,8 +86,8 @@ class Peaks:
     """All of it together in bytes; 0 where no sizes were given."""
 
 
-@dataclass(frozen=True)
-class Proof:
+@dataclass(frozen=True, eq=False)
+class Proof(ByValue):
     """What :meth:`Schedule.verify` has shown to hold."""
 
     peaks: Peaks
@@ -96,8 +98,8 @@ class Proof:
     """Messages between ranks."""
 
 
-@dataclass(frozen=True)
-class Timeline:
+@dataclass(frozen=True, eq=False)
+class Timeline(ByValue):
     """A schedule's predicted timeline.
 
     Not modelled: launch overhead, the time of reductions and of the optimizer, interference
@@ -123,6 +125,8 @@ class Timeline:
     """When it ends, `[N]`."""
     bounds: npt.NDArray[np.int64] = field(repr=False)
     """Rank r's computations are `bounds[r]` to `bounds[r + 1]`, `[P + 1]`."""
+    halves: npt.NDArray[np.float64] = field(repr=False)
+    """What F and the whole backward of each stage take alone, `[2, S]`: where pictures cut pairs."""
 
     @property
     def idle(self) -> npt.NDArray[np.float64]:
@@ -266,7 +270,7 @@ class Schedule:
         """
         try:
             document = json.loads(_text(text, "json"))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise _not_json(str(error)) from error
         return cls._made(_core.Schedule.parse(_text_of(document)), check=check)
 
@@ -413,8 +417,9 @@ class Schedule:
 
         Cost: O(instructions), 30 to 40 ns each.
         """
-        unknown = [transport for transport in transports if transport not in _TRANSPORTS]
-        if unknown or not transports or isinstance(transports, str):
+        asked: object = transports
+        listed = isinstance(asked, Iterable) and not isinstance(asked, str)
+        if not listed or not transports or any(t not in _TRANSPORTS for t in transports):
             raise ScheduleError(
                 code="transports",
                 argument="transports",
@@ -458,20 +463,29 @@ class Schedule:
             activation_bytes: As for :meth:`verify`; gives peaks in bytes.
 
         Raises:
-            ScheduleError: ``negative_time``, ``length`` or ``not_a_number`` for costs that cannot
-                be, ``stuck`` where blocking sends wait for one another, and as :meth:`verify`
+            ScheduleError: ``costs``, ``negative_time``, ``length`` or ``not_a_number`` for costs
+                that cannot be, ``too_long`` where they add up to infinity, ``stuck`` where blocking sends wait for one another, and as :meth:`verify`
                 where the schedule cannot run to its end.
 
         Cost: O(instructions), about 40 ns each.
         """
         _one_of("sends", sends, ("asynchronous", "blocking"))
         _one_of("pairs", pairs, ("atomic", "early_forward"))
-        costs = costs or Costs()
+        costs = Costs() if costs is None else costs
+        if not isinstance(costs, Costs):
+            raise ScheduleError(
+                code="costs",
+                argument="costs",
+                got=type(costs).__name__,
+                expected="Costs",
+                hint="write Costs(forward=..., ...)",
+            )
         s, p = self.num_stages, self.num_ranks
 
         def per_stage(value: npt.ArrayLike, argument: str) -> npt.NDArray[np.float64]:
             return _figures(value, argument, (s,))
 
+        forward = per_stage(costs.forward, "forward")
         backward_input = per_stage(costs.backward_input, "backward_input")
         backward_weight = per_stage(costs.backward_weight, "backward_weight")
         backward = (
@@ -480,7 +494,7 @@ class Schedule:
             else per_stage(costs.backward, "backward")
         )
         makespan, busy, bubble_ratio, peaks, spans, bounds = self._inner.simulate(
-            (per_stage(costs.forward, "forward"), backward, backward_input, backward_weight),
+            (forward, backward, backward_input, backward_weight),
             _figures(costs.rank_factor, "rank_factor", (p,)),
             float(_figures(costs.overlap_factor, "overlap_factor", ())[0]),
             None if costs.pair is None else per_stage(costs.pair, "pair"),
@@ -491,7 +505,8 @@ class Schedule:
             pairs == "early_forward",
             self._sizes(activation_bytes, costs.message_bytes),
         )
-        return Timeline(self, makespan, busy, bubble_ratio, Peaks(*peaks), *spans, bounds)
+        halves = np.stack([forward, backward])
+        return Timeline(self, makespan, busy, bubble_ratio, Peaks(*peaks), *spans, bounds, halves)
 
     def compute_only(self) -> Schedule:
         """The compute order alone: no transfers, waits or reductions."""

@@ -300,7 +300,7 @@ def partition_layers(
 def search_schedules(
     num_ranks: int,
     methods: list[str],
-    loads: list[tuple[int, _Layers]],
+    loads: tuple[list[tuple[int, _Layers]], bool],
     stages_per_rank: list[int],
     machine: _Machine,
     progress: Callable[[int, int], object] | None,

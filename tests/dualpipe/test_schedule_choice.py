@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -170,6 +171,37 @@ def test_search_with_costs_for_each_number_of_micro_batches() -> None:
     steps = [c.partition.makespan for c in found if c.partition]
     assert steps == sorted(steps)
     assert {c.num_micro_batches for c in found} == {4, 8, 32}
+    # The reason compares what the ranking compares: whole steps, since the batch is one.
+    best, second, third = found
+    assert "slower" not in best.why
+    for other, step in ((second, steps[1]), (third, steps[2])):
+        assert f"{100 * (step / steps[0] - 1):.1f} % slower than the best" in other.why
+
+
+def test_what_was_found_is_compared_by_value() -> None:
+    layers = Layers(forward=np.ones(8), activation_bytes=[1] * 8)
+    assert layers == Layers(forward=np.ones(8), activation_bytes=[1] * 8)
+    assert layers != Layers(forward=np.full(8, 2.0), activation_bytes=[1] * 8)
+    options = {"num_micro_batches": [4], "methods": ["zb_h1", "zbv"]}
+    one, other = search(layers, 2, **options), search(layers, 2, **options)
+    assert one == other
+    assert one[0] != one[1]
+    assert one[0].partition == other[0].partition
+    assert Machine(rank_factor=np.ones(2)) == Machine(rank_factor=np.ones(2))
+
+
+def test_too_many_ranks_cost_no_memory() -> None:
+    for call in (
+        lambda ranks: partition(Layers(forward=[1.0] * 4), "1f1b", ranks, 1),
+        lambda ranks: search(Layers(forward=[1.0] * 4), ranks, num_micro_batches=[1]),
+    ):
+        tracemalloc.start()
+        with pytest.raises(ScheduleError) as caught:
+            call(2**24)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert caught.value.code == "num_ranks"
+        assert peak < 2**24
 
 
 def test_search_tells_its_progress_and_can_be_stopped() -> None:
@@ -193,6 +225,11 @@ def test_search_tells_its_progress_and_can_be_stopped() -> None:
     ("call", "code"),
     [
         (lambda: partition(Layers(forward=[1.0] * 3), "1f1b", 4, 8), "too_few_layers"),
+        (lambda: partition([1.0] * 4, "1f1b", 4, 8), "layers"),
+        (lambda: search([1.0] * 4, 4), "layers"),
+        (lambda: search(Layers(forward=[1.0] * 4), 4, num_micro_batches=8), "num_micro_batches"),
+        (lambda: search(Layers(forward=[1.0] * 4), 4, methods="zbv"), "methods"),
+        (lambda: search(Layers(forward=[1.0] * 4), 4, stages_per_rank=2), "stages_per_rank"),
         (lambda: partition(Layers(forward=1.0), "1f1b", 4, 8), "length"),
         (lambda: partition(Layers(forward=[1.0, -1.0]), "1f1b", 2, 8), "negative_time"),
         (lambda: partition(Layers(forward=[1.0, math.nan]), "1f1b", 2, 8), "negative_time"),

@@ -182,6 +182,9 @@ def test_generate_refuses(arguments: tuple, options: dict, code: str) -> None:
         (Costs(pair=[1.0]), "length"),
         (Costs(forward="fast"), "not_a_number"),
         (Costs(forward=None), "negative_time"),
+        (Costs(forward=1e308), "too_long"),
+        (Costs(latency=math.inf), "too_long"),
+        ({"forward": 1.0}, "costs"),
     ],
 )
 def test_simulate_refuses(costs: Costs, code: str) -> None:
@@ -196,6 +199,7 @@ def test_simulate_refuses(costs: Costs, code: str) -> None:
         ({"transports": ["tcp"]}, "transports"),
         ({"transports": []}, "transports"),
         ({"transports": "eager"}, "transports"),
+        ({"transports": None}, "transports"),
         ({"max_activations": 1}, "memory"),
         ({"max_activations": -1}, "max_activations"),
         ({"max_bytes": 5}, "sizes"),
@@ -250,6 +254,7 @@ def test_comments_and_empty_lines() -> None:
     [
         "",
         "[]",
+        "[" * 100_000,
         "{}",
         '{"format": "dualpipe schedule", "version": 2}',
         '{"format": "dualpipe schedule", "version": 1}',
@@ -321,6 +326,23 @@ def test_pictures(tmp_path, suffix: str) -> None:
         Schedule.generate("1f1b", 2, 2).plot(tmp_path / "picture.doc")
 
 
+def test_pairs_are_cut_where_their_halves_meet() -> None:
+    schedule = Schedule.generate("dualpipe", 2, 4)
+    costs = Costs(forward=[3.0, 6.0], backward_input=1.0, backward_weight=2.0, overlap_factor=0.5)
+    timeline = schedule.simulate(costs)
+    assert timeline == schedule.simulate(costs)
+    assert timeline != schedule.simulate()
+    events = json.loads(timeline.to_perfetto(unit_us=1.0))["traceEvents"]
+    slices = [event for event in events if event["ph"] == "X"]
+    pairs = [index for index, event in enumerate(slices) if event["cat"] == "pair"]
+    assert pairs
+    for index in pairs:
+        whole, forward, backward = slices[index : index + 3]
+        alone = [3.0, 6.0][forward["args"]["stage"]]
+        assert forward["dur"] == pytest.approx(whole["dur"] * alone / (alone + 3.0))
+        assert forward["dur"] + backward["dur"] == pytest.approx(whole["dur"])
+
+
 def test_perfetto(tmp_path) -> None:
     schedule = Schedule.generate("dualpipev", 4, 8)
     timeline = schedule.simulate()
@@ -366,6 +388,43 @@ def test_command_line(arguments: list[str], status: int, says: str, capsys) -> N
     assert main(arguments) == status
     out = capsys.readouterr()
     assert says in (out.err if status else out.out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["simulate", "zbv", "-p", "2", "-m", "2", "--forward", "fast"], "'fast' must be a time"),
+        (["simulate", "zbv", "-p", "2", "-m", "2", "--forward", "1x0"], "'1x0' must be a time"),
+        (["search", "--forward", "1x99999999999", "-p", "2"], "must be a time"),
+        (["search", "--forward", "1x8", "-p", "2", "--memory-gb", "nan"], "gigabytes"),
+        (["search", "--forward", "1x8", "-p", "2", "--memory-gb", "inf"], "gigabytes"),
+        (["search", "--forward", "1x8", "-p", "2", "--top", "-3"], "whole number"),
+        (["search", "--forward", "1x8", "-p", "2", "-m", "four"], "whole number"),
+    ],
+)
+def test_command_line_usage(arguments: list[str], says: str, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_folder_may_have_the_name_of_a_method(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "dualpipe").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "dualpipe", "-p", "2", "-m", "4"]) == 0
+    assert "makespan 12" in capsys.readouterr().out
+
+
+def test_a_reader_may_leave_early() -> None:
+    run = [sys.executable, "-m", "dualpipe", "show", "1f1b", "-p", "8", "-m", "400", "--text"]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(8) == b"schedule"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_command_line_files(tmp_path, capsys) -> None:

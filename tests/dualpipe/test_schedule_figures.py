@@ -55,7 +55,7 @@ def test_ratios(p: int) -> None:
     assert chimera.bubble_ratio == pytest.approx((p - 2) / (2 * m + p - 2))
 
 
-@pytest.mark.parametrize("p", [4, 8, 16, 32])
+@pytest.mark.parametrize("p", [3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 24, 32])
 def test_v_schedules_trade_memory_for_bubble(p: int) -> None:
     """In units of two stages: V-Half has half of 1F1B's bubble at half of its memory, V-Min two
     thirds at a third, ZBV only the fill at all of it."""

@@ -15,6 +15,9 @@ pub struct SearchRequest {
     pub methods: Vec<Method>,
     /// Each number of micro-batches, with the layers' costs for one micro-batch of that size.
     pub loads: Vec<(u32, Vec<Layer>)>,
+    /// Whether the loads are one batch, cut into different numbers of micro-batches: then whole
+    /// steps are compared, otherwise the time per micro-batch.
+    pub one_batch: bool,
     /// Stages a rank, for schedules that take any number.
     pub stages_per_rank: Vec<usize>,
     /// The machine and its memory.
@@ -37,8 +40,8 @@ pub struct Candidate {
     pub why: String,
 }
 
-/// Tries every combination and ranks them, fastest a micro-batch first; what cannot be or does
-/// not fit comes last, with the reason.
+/// Tries every combination and ranks them, fastest a micro-batch (for one batch: fastest a step)
+/// first; what cannot be or does not fit comes last, with the reason.
 ///
 /// Costs as many simulations as [`PartitionOptions::max_simulations`] allows for each combination.
 /// After each one, `progress` is told how many are done, and of how many; it stops the search by
@@ -90,8 +93,12 @@ pub fn search(
         }
         compare_overlap(&mut candidates[first..], layers, &request.options)?;
     }
-    candidates.sort_by(|a, b| a.time_per_micro_batch.total_cmp(&b.time_per_micro_batch));
-    explain(&mut candidates, &request.options);
+    let time = |candidate: &Candidate| match &candidate.partition {
+        Some(found) if request.one_batch => found.makespan,
+        _ => candidate.time_per_micro_batch,
+    };
+    candidates.sort_by(|a, b| time(a).total_cmp(&time(b)));
+    explain(&mut candidates, &request.options, time);
     Ok(candidates)
 }
 
@@ -191,19 +198,22 @@ fn compare_overlap(
     Ok(())
 }
 
-fn explain(candidates: &mut [Candidate], options: &PartitionOptions) {
-    let best = candidates
-        .first()
-        .map_or(f64::INFINITY, |best| best.time_per_micro_batch);
+fn explain(
+    candidates: &mut [Candidate],
+    options: &PartitionOptions,
+    time: impl Fn(&Candidate) -> f64,
+) {
+    let best = candidates.first().map_or(f64::INFINITY, &time);
     for candidate in candidates {
+        let time = time(candidate);
         let Some(found) = &candidate.partition else {
             continue;
         };
         let mut why = vec![format!("bubble {:.1} %", 100.0 * found.bubble_ratio)];
-        if candidate.time_per_micro_batch > best {
+        if time > best {
             why.push(format!(
                 "{:.1} % slower than the best",
-                100.0 * (candidate.time_per_micro_batch / best - 1.0)
+                100.0 * (time / best - 1.0)
             ));
         }
         if let Some(factor) = candidate.wins_below_overlap {

@@ -88,7 +88,7 @@ impl Timeline {
 ///
 /// # Errors
 ///
-/// [`Error::Input`] for costs that cannot be, [`Error::Rule`] when the schedule cannot run to its
+/// [`Error::Input`] for costs that cannot be or add up to infinity, [`Error::Rule`] when the schedule cannot run to its
 /// end.
 pub fn simulate(schedule: &Schedule, costs: &Costs, options: &SimulateOptions) -> Result<Timeline> {
     costs.check(schedule.layout())?;
@@ -114,6 +114,15 @@ pub fn simulate(schedule: &Schedule, costs: &Costs, options: &SimulateOptions) -
         ));
     }
     let makespan = engine.clock.iter().copied().fold(0.0, f64::max);
+    if !makespan.is_finite() {
+        return Err(Error::input(
+            "too_long",
+            "costs",
+            format!("a makespan of {makespan}"),
+            "times that add up to a finite number",
+            "take a larger unit of time, and a latency that is finite",
+        ));
+    }
     let busy_in_all: f64 = engine.busy.iter().sum();
     let offered = makespan * layout.num_ranks() as f64;
     let mut starts = vec![0];
@@ -164,7 +173,7 @@ struct Engine<'a> {
     wires: &'a Wires,
     explicit: bool,
     messages: Vec<Message>,
-    /// (latency, time a byte) of every wire, and when it is free again.
+    /// (latency, bandwidth) of every wire, and when it is free again.
     wire_costs: Vec<(f64, f64)>,
     wire_free: Vec<f64>,
     position: Vec<usize>,
@@ -193,7 +202,7 @@ impl<'a> Engine<'a> {
             .map(|wire| {
                 let (from, to) = wires.ends(wire);
                 let latency = costs.latency.between(num_ranks, from, to);
-                (latency, 1.0 / costs.bandwidth.between(num_ranks, from, to))
+                (latency, costs.bandwidth.between(num_ranks, from, to))
             })
             .collect();
         let none = Span {
@@ -380,7 +389,7 @@ impl<'a> Engine<'a> {
     /// A message of which both ends are known leaves.
     fn depart(&mut self, wire: usize, message: usize, op: Op) {
         let Message { sent, posted, .. } = self.messages[message];
-        let (latency, time_per_byte) = self.wire_costs[wire];
+        let (latency, bandwidth) = self.wire_costs[wire];
         // A gradient is as large as the output of the stage before.
         let bytes = match op.kind {
             Kind::Forward | Kind::OverlapForward | Kind::SendActivation | Kind::ReceiveGradient => {
@@ -389,7 +398,7 @@ impl<'a> Engine<'a> {
             _ => self.costs.message_bytes[usize::from(op.stage) - 1],
         };
         let start = sent.max(posted).max(self.wire_free[wire]);
-        let gone = start + bytes * time_per_byte;
+        let gone = start + bytes / bandwidth;
         self.wire_free[wire] = gone;
         self.messages[message].arrives = gone + latency;
         let (from, to) = self.wires.ends(wire);

@@ -78,13 +78,14 @@ pub(crate) fn search_schedules<'py>(
     py: Python<'py>,
     num_ranks: usize,
     methods: Vec<String>,
-    loads: Vec<(u32, LayerArrays<'py>)>,
+    loads: (Vec<(u32, LayerArrays<'py>)>, bool),
     stages_per_rank: Vec<usize>,
     machine: Machine<'py>,
     progress: Option<Py<PyAny>>,
 ) -> PyResult<Vec<Tried<'py>>> {
     let methods: pipeline::Result<Vec<Method>> =
         methods.iter().map(|name| Method::from_name(name)).collect();
+    let (loads, one_batch) = loads;
     let loads: PyResult<Vec<(u32, Vec<Layer>)>> = loads
         .iter()
         .map(|(count, layers)| Ok((*count, layers_of(layers)?)))
@@ -93,6 +94,7 @@ pub(crate) fn search_schedules<'py>(
         num_ranks,
         methods: methods.map_err(|error| schedule_error(py, &error))?,
         loads: loads?,
+        one_batch,
         stages_per_rank,
         options: options_of(&machine)?,
     };

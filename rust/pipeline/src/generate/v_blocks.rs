@@ -14,18 +14,35 @@ use crate::error::Result;
 use crate::op::{Kind, Op};
 use crate::schedule::Schedule;
 
-/// Ticks a step takes on each of the four walks: forward down and up, backward down and up.
-type Paces = [usize; 4];
+/// How a micro-batch moves.
+struct Walk {
+    /// Ticks a step takes: forward down and up, backward down and up.
+    paces: [usize; 4],
+    /// Ticks it rests besides, before it walks up forward, and before it walks up backward.
+    rests: [usize; 2],
+}
 
 pub(super) fn v_half(p: usize, m: u32) -> Result<Schedule> {
-    paced("v_half", p, m, [2, 1, 2, 1], p + 2)
+    let walk = Walk {
+        paces: [2, 1, 2, 1],
+        rests: [0, 0],
+    };
+    paced("v_half", p, m, &walk, p + 2)
 }
 
 pub(super) fn v_min(p: usize, m: u32) -> Result<Schedule> {
-    paced("v_min", p, m, [1, 1, 1, 1], (2 * p).div_ceil(3) + 2)
+    // With a multiple of three ranks the four walks of successive micro-batches would meet on
+    // every rank (2P is a multiple of the six ticks between them); two rests keep them apart.
+    let rest = if p.is_multiple_of(3) { 2 } else { 0 };
+    let walk = Walk {
+        paces: [1, 1, 1, 1],
+        rests: [rest, rest],
+    };
+    paced("v_min", p, m, &walk, (2 * p).div_ceil(3) + 2)
 }
 
-fn paced(name: &'static str, p: usize, m: u32, paces: Paces, limit: usize) -> Result<Schedule> {
+fn paced(name: &'static str, p: usize, m: u32, walk: &Walk, limit: usize) -> Result<Schedule> {
+    let Walk { paces, rests } = walk;
     let mut order = Order::new(name, single_copy(p, 2, m, Placement::V)?);
     let num_stages = 2 * p;
     // Which (kind, stage, micro-batch) each rank meets in which order, weight parts left out.
@@ -33,9 +50,9 @@ fn paced(name: &'static str, p: usize, m: u32, paces: Paces, limit: usize) -> Re
         .map(|rank| {
             let (near, far) = (rank, num_stages - 1 - rank);
             let last = p - 1;
-            let turn = paces[0] * last + 1;
+            let turn = paces[0] * last + 1 + rests[0];
             let top = turn + paces[1] * last + 1;
-            let back = top + paces[2] * last + 1;
+            let back = top + paces[2] * last + 1 + rests[1];
             let block = [
                 (paces[0] * rank, Kind::Forward, near),
                 (turn + paces[1] * (last - rank), Kind::Forward, far),
