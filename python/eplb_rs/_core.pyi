@@ -1,6 +1,7 @@
 """The native module. Use the packages; this module is theirs."""
 
-from typing import Final, Self, final
+from collections.abc import Sequence
+from typing import Any, Final, Self, final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,16 @@ class Topology:
         InvalidInputError: ``not_positive``, ``not_integer`` or ``too_large`` for a count.
     """
 
-    def __new__(cls, num_nodes: int, gpus_per_node: int, slots_per_gpu: int) -> Self: ...
+    def __new__(
+        cls,
+        num_nodes: int,
+        gpus_per_node: int,
+        slots_per_gpu: int,
+        *,
+        slots: Sequence[int] | None = None,
+        speeds: Sequence[float] | None = None,
+        dead: Sequence[int] | None = None,
+    ) -> Self: ...
     @staticmethod
     def from_totals(*, num_replicas: int, num_nodes: int, num_gpus: int) -> Topology:
         """The topology with these totals, as :func:`eplb_rs.rebalance_experts` takes them.
@@ -29,6 +39,42 @@ class Topology:
             InvalidInputError: As the constructor; ``not_multiple`` if ``num_gpus`` does not
                 divide over the nodes or ``num_replicas`` over the GPUs.
         """
+    def with_slots(self, slots: Sequence[int]) -> Topology:
+        """The same machines with ``slots[gpu]`` expert slots on each GPU.
+
+        Raises:
+            InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
+                ``not_positive`` or ``too_large`` for a number.
+        """
+    def with_speeds(self, speeds: Sequence[float]) -> Topology:
+        """The same machines with GPUs of these speeds: how much load each serves in the same time,
+        in any unit.
+
+        Raises:
+            InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
+                ``out_of_range`` for one that is not above zero, or if one is more than 1,000
+                times another.
+        """
+    def with_dead(self, dead: Sequence[int]) -> Topology:
+        """The same machines when these GPUs, and no others, are dead. Their slots keep their
+        numbers and hold -1.
+
+        Raises:
+            InvalidInputError: ``out_of_range`` for a GPU that does not exist, ``too_small`` if
+                none is left.
+        """
+    @property
+    def slots(self) -> list[int]:
+        """How many slots each GPU has, by GPU."""
+    @property
+    def speeds(self) -> list[float]:
+        """How fast each GPU is, by GPU."""
+    @property
+    def dead(self) -> list[int]:
+        """The GPUs that are dead."""
+    @property
+    def is_even(self) -> bool:
+        """Whether all GPUs have the same number of slots and the same speed, and none is dead."""
     @property
     def num_nodes(self) -> int:
         """How many nodes there are."""
@@ -47,7 +93,7 @@ class Topology:
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
     def __hash__(self) -> int: ...
-    def __getnewargs__(self) -> tuple[int, int, int]: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[int, int, int], dict[str, Any]]: ...
 
 @final
 class Placement:
@@ -91,6 +137,9 @@ class Planner:
         policy: str,
         threads: int,
         release_gil: bool | None,
+        group_rule: str = "strict",
+        iterations: int | None = None,
+        time_limit_us: float | None = None,
     ) -> Self: ...
     @property
     def topology(self) -> Topology: ...
@@ -102,6 +151,12 @@ class Planner:
     def threads(self) -> int: ...
     @property
     def release_gil(self) -> bool | None: ...
+    @property
+    def group_rule(self) -> str: ...
+    @property
+    def iterations(self) -> int | None: ...
+    @property
+    def time_limit_us(self) -> float | None: ...
     @property
     def keeps_groups(self) -> bool: ...
     @property

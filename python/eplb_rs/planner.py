@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
     from eplb_rs._inputs import LoadLike
 
-__all__ = ["PlanBuffers", "Planner", "PolicyName", "Timing"]
+__all__ = ["GroupRule", "PlanBuffers", "Planner", "PolicyName", "Timing"]
 
-PolicyName: TypeAlias = Literal["deepseek", "trivial"]
+PolicyName: TypeAlias = Literal["balanced", "deepseek", "trivial"]
+GroupRule: TypeAlias = Literal["strict", "free"]
 
 
 class Timing(NamedTuple):
@@ -62,7 +63,8 @@ class Planner:
         num_groups: In how many groups the model's experts are (DeepSeek-V3 and R1: 8). Under
             ``policy="deepseek"``, if groups divide over nodes, each group stays on one node;
             otherwise groups and nodes are ignored.
-        policy: ``"deepseek"``, the reference algorithm, to the last slot; or ``"trivial"``, what
+        policy: ``"balanced"``, replica counts and packing improved together by local search;
+            ``"deepseek"``, the reference algorithm, to the last slot; or ``"trivial"``, what
             engines start from: slot `i` holds expert `i mod E`, whatever the load.
         threads: How many threads a call computes on. 1 is the caller's own; more are a pool that
             belongs to this planner. One is fastest below about 0.5 ms of work.
@@ -71,6 +73,14 @@ class Planner:
             computes in Python takes up to :func:`sys.getswitchinterval` (5 ms), many times the
             plan. A caller with a latency budget passes ``False``; one whose other threads must not
             wait, ``True``. :attr:`last_timing` reports the wait.
+        group_rule: Under ``policy="balanced"``, ``"strict"`` keeps each group of experts on one
+            node, ``"free"`` ignores groups. A model with one group has no rule.
+        iterations: Under ``policy="balanced"``, how many steps the search may take for a layer;
+            by default 1,000. The same plan on every machine. Layers that are even enough stop
+            sooner; more steps never give a worse plan.
+        time_limit_us: Instead of ``iterations``, how long a call may search, in microseconds. The
+            plan then depends on how fast the machine happens to be: where several processes must
+            come to the same plan, as in an engine, use ``iterations``.
 
     Raises:
         InvalidInputError: ``not_positive``, ``not_integer``, ``too_large`` for a count,
@@ -96,6 +106,9 @@ class Planner:
         threads: int = 1,
         *,
         release_gil: bool | None = None,
+        group_rule: GroupRule = "strict",
+        iterations: int | None = None,
+        time_limit_us: float | None = None,
     ) -> None:
         if not isinstance(policy, str):
             raise _wrong_type("policy", policy, "a string")
@@ -103,7 +116,13 @@ class Planner:
             raise _wrong_type("release_gil", release_gil, "True, False or None")
         known = policy.encode(errors="replace").decode()  # lone surrogates have no UTF-8
         release = None if release_gil is None else bool(release_gil)
-        self._core = _core.Planner(as_topology(topology), num_groups, known, threads, release)
+        if not isinstance(group_rule, str):
+            raise _wrong_type("group_rule", group_rule, "a string")
+        rule = group_rule.encode(errors="replace").decode()
+        limit = _checked_budget(iterations, time_limit_us)
+        self._core = _core.Planner(
+            as_topology(topology), num_groups, known, threads, release, rule, *limit
+        )
 
     @property
     def topology(self) -> _core.Topology:
@@ -129,6 +148,21 @@ class Planner:
     def release_gil(self) -> bool | None:
         """Whether a call lets go of the interpreter; ``None`` decides by the size of the work."""
         return self._core.release_gil
+
+    @property
+    def group_rule(self) -> str:
+        """What the balanced policy makes of groups of experts."""
+        return self._core.group_rule
+
+    @property
+    def iterations(self) -> int | None:
+        """How many steps the search may take for a layer; ``None`` if its time is limited."""
+        return self._core.iterations
+
+    @property
+    def time_limit_us(self) -> float | None:
+        """How long a call may search, in microseconds; ``None`` if its steps are limited."""
+        return self._core.time_limit_us
 
     @property
     def last_timing(self) -> Timing:
@@ -233,18 +267,51 @@ class Planner:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self.topology, self.num_groups, self.policy, self.threads, self.release_gil)
-        return _rebuild, arguments
+        arguments = (self.topology, self.num_groups, self.policy, self.threads)
+        settings = {
+            "release_gil": self.release_gil,
+            "group_rule": self.group_rule,
+            "iterations": self.iterations,
+            "time_limit_us": self.time_limit_us,
+        }
+        return _rebuild, (arguments, settings)
 
 
-def _rebuild(
-    topology: _core.Topology,
-    num_groups: int,
-    policy: PolicyName,
-    threads: int,
-    release_gil: bool | None,
-) -> Planner:
-    return Planner(topology, num_groups, policy, threads, release_gil=release_gil)
+def _rebuild(arguments: tuple[Any, ...], settings: dict[str, Any]) -> Planner:
+    return Planner(*arguments, **settings)
+
+
+def _checked_budget(
+    iterations: int | None, time_limit_us: float | None
+) -> tuple[int | None, float | None]:
+    """What the native module takes as a budget: 32 bits of steps, or a time of a day at most."""
+    if iterations is not None:
+        if time_limit_us is not None:
+            raise InvalidInputError(
+                code="inconsistent",
+                argument="time_limit_us",
+                got=repr(time_limit_us),
+                expected="None where iterations are given",
+                hint="limit one of the two",
+            )
+        iterations = min(as_count(iterations, "iterations", least=0), _MOST_ITERATIONS)
+    if time_limit_us is not None:
+        try:
+            time_limit_us = float(time_limit_us)
+        except (TypeError, ValueError):
+            raise _wrong_type("time_limit_us", time_limit_us, "a number or None") from None
+        if not 0 < time_limit_us <= _LONGEST_US:
+            raise InvalidInputError(
+                code="out_of_range",
+                argument="time_limit_us",
+                got=repr(time_limit_us),
+                expected="above 0 and at most a day",
+            )
+    return iterations, time_limit_us
+
+
+_MOST_ITERATIONS = 2**31
+_LONGEST_US = 24 * 3600 * 1e6
 
 
 def _wrong_type(argument: str, got: object, expected: str, hint: str = "") -> InvalidInputError:

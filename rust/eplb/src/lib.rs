@@ -37,15 +37,17 @@ pub mod placement;
 pub mod planner;
 pub mod topology;
 
+mod balance;
 mod deepseek;
 mod lanes;
 mod order;
 mod pack;
 mod trivial;
 
+pub use balance::Budget;
 pub use bound::lower_bound;
 pub use error::{Code, Error, Refusal, Result};
 pub use load::Load;
 pub use placement::{Placement, PlacementMut, Replica};
-pub use planner::{Planner, Policy};
+pub use planner::{GroupRule, Planner, Policy};
 pub use topology::Topology;

@@ -1,0 +1,112 @@
+//! Local search: exchanges that lighten the heaviest rank, and replicas that change owner.
+
+use super::counts::share;
+use super::fuel::Fuel;
+use super::part::Part;
+use super::random::Random;
+use super::ranks::{self, Ranks};
+
+/// How far above the mean a rank may be for exchanges to stop.
+const EVEN_ENOUGH: f64 = 3e-5;
+
+/// How far above the mean the heaviest rank may be, times the steps a search may take, for changes
+/// of counts to be left out.
+const PATIENCE: f64 = 0.7;
+
+/// How many of the lightest ranks are asked for an exchange of two replicas for two.
+const PARTNERS: usize = 16;
+
+/// How many exchanges may follow a change of counts before it is judged.
+const EXCHANGES: u32 = 32;
+
+/// How many changes of counts are looked at before one is made.
+const CANDIDATES: usize = 8;
+
+/// Improves a placement. With more fuel it takes the same steps and then more, and what it leaves
+/// is the best it has seen: more fuel never gives a worse placement.
+#[inline(always)]
+pub(crate) fn improve(
+    ranks: &mut Ranks,
+    part: &Part,
+    fuel: &mut Fuel,
+    best: &mut Ranks,
+    scratch: &mut ranks::Scratch,
+) {
+    let target = part.level_over_mean(EVEN_ENOUGH);
+    let level = descend(ranks, target, fuel, scratch);
+    let loose = part.level_over_mean(EVEN_ENOUGH.max(PATIENCE / f64::from(fuel.capacity)));
+    if level > loose && !fuel.is_empty() {
+        change_counts(ranks, part, loose, level, fuel, best, scratch);
+    }
+}
+
+/// Exchanges replicas of the heaviest rank until it carries no more than the target, or no
+/// exchange helps, or the fuel is used up; returns what it carries then.
+#[inline(always)]
+fn descend(ranks: &mut Ranks, target: i32, fuel: &mut Fuel, scratch: &mut ranks::Scratch) -> i32 {
+    loop {
+        let (heavy, level) = ranks.heaviest();
+        if level <= target || !fuel.step() {
+            return level;
+        }
+        if let Some(swap) = ranks.best_swap(heavy, scratch) {
+            ranks.apply(&swap);
+        } else if let Some(swaps) = ranks.best_double_swap(heavy, PARTNERS, scratch) {
+            ranks.apply(&swaps[0]);
+            ranks.apply(&swaps[1]);
+        } else {
+            return level;
+        }
+    }
+}
+
+/// Gives an expert of the heaviest rank one more replica, in the place of another's, evens out by
+/// exchanges, and keeps what is no worse; until the heaviest rank carries no more than the target
+/// or the fuel is used up.
+#[inline(always)]
+fn change_counts(
+    ranks: &mut Ranks,
+    part: &Part,
+    target: i32,
+    level: i32,
+    fuel: &mut Fuel,
+    best: &mut Ranks,
+    scratch: &mut ranks::Scratch,
+) {
+    let target_of_exchanges = part.level_over_mean(EVEN_ENOUGH);
+    let share_of = |expert: usize, count: u32| share(part.weight[expert], count);
+    let mut random = Random::new();
+    let mut level = level;
+    best.copy_from(ranks);
+    while level > target && fuel.step() {
+        let (heavy, _) = ranks.heaviest();
+        let hot = ranks.expert_in(heavy, random.below(ranks.filled(heavy)));
+        let mut choice = (i32::MAX, 0, 0);
+        for _ in 0..CANDIDATES {
+            let rank = random.below(ranks.num_ranks());
+            if ranks.filled(rank) == 0 || ranks.holds(rank, hot) {
+                continue;
+            }
+            let slot = random.below(ranks.filled(rank));
+            if ranks.count(ranks.expert_in(rank, slot)) > 1 {
+                let after = ranks.level_after_recount(rank, slot, hot, share_of);
+                choice = choice.min((after, rank, slot));
+            }
+        }
+        let (after, rank, slot) = choice;
+        if after == i32::MAX {
+            continue;
+        }
+        ranks.recount(rank, slot, hot, share_of);
+        let new = fuel.spend(EXCHANGES, |fuel| {
+            descend(ranks, target_of_exchanges, fuel, scratch)
+        });
+        if new <= level {
+            level = new;
+            best.copy_from(ranks);
+        } else {
+            ranks.copy_from(best);
+        }
+    }
+    ranks.copy_from(best);
+}
