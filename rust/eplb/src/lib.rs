@@ -26,6 +26,7 @@
 //! | [`load`] | how many tokens each expert got |
 //! | [`placement`] | which expert each slot holds |
 //! | [`planner`] | a topology, a policy and their scratch, for planning in a loop |
+//! | [`transfer`] | who sends which expert to whom, in which round |
 //! | [`bound`] | how little the heaviest rank can carry, whatever the placement |
 //! | [`error`] | what is said when a request cannot be met |
 #![forbid(unsafe_code)]
@@ -36,10 +37,12 @@ pub mod load;
 pub mod placement;
 pub mod planner;
 pub mod topology;
+pub mod transfer;
 
 mod balance;
 mod deepseek;
 mod lanes;
+mod migrate;
 mod order;
 mod pack;
 mod trivial;
@@ -48,6 +51,8 @@ pub use balance::Budget;
 pub use bound::lower_bound;
 pub use error::{Code, Error, Refusal, Result};
 pub use load::Load;
+pub use migrate::Milestone;
 pub use placement::{Placement, PlacementMut, Replica};
 pub use planner::{GroupRule, Planner, Policy};
 pub use topology::Topology;
+pub use transfer::{Transfer, transfers};

@@ -1,6 +1,6 @@
 //! The planner: a topology, a policy and the scratch they need, for those who replan in a loop.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -9,6 +9,7 @@ use crate::balance::{self, Budget};
 use crate::deepseek;
 use crate::error::{Code, Error, Result, require_positive};
 use crate::load::Load;
+use crate::migrate::{self, Milestone};
 use crate::placement::{Placement, PlacementMut, Replica};
 use crate::topology::Topology;
 use crate::trivial;
@@ -100,6 +101,7 @@ struct Scratch {
     replicas: Vec<Replica>,
     deepseek: Vec<deepseek::Scratch>,
     balance: Vec<balance::Scratch>,
+    migrate: migrate::Scratch,
 }
 
 impl Planner {
@@ -243,9 +245,7 @@ impl Planner {
     /// [`Code::TooSmall`] if there are fewer slots than experts, [`Code::NotMultiple`] if experts
     /// do not divide into groups, [`Code::TooLarge`] if the scratch does not fit in memory.
     pub fn draft(&self, load: &Load<'_>) -> Result<Draft<'_>> {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let scratch = idle.pop().unwrap_or_default();
-        drop(idle);
+        let scratch = self.take_scratch();
         let mut draft = Draft {
             planner: self,
             num_layers: load.num_layers(),
@@ -254,6 +254,82 @@ impl Planner {
         };
         self.compute(load, &mut draft.scratch)?;
         Ok(draft)
+    }
+
+    /// Plans the best placement that is at most `max_moves` moves from the one in force; without a
+    /// limit, one as even as moves make it. A move is an expert that arrives on a rank that did not
+    /// hold it. Experts that stay on their rank keep their slot.
+    ///
+    /// Where GPUs have died or joined since, some moves cannot be avoided: an expert that lost its
+    /// last replica gets one, and slots that came free are filled. These are made even beyond
+    /// `max_moves`.
+    ///
+    /// # Errors
+    /// As [`draft`](Self::draft); [`Code::Inconsistent`] or [`Code::WrongShape`] for a previous
+    /// placement of other machines, layers or experts.
+    pub fn plan_from(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        max_moves: Option<usize>,
+    ) -> Result<Placement> {
+        let shape = self.balanced_shape(load.num_experts())?;
+        let mut scratch = self.take_scratch();
+        let result = self.migrate(&mut scratch, &shape, load, previous, max_moves);
+        self.idle_scratch().push(scratch);
+        result
+    }
+
+    fn migrate(
+        &self,
+        scratch: &mut Scratch,
+        shape: &balance::Shape,
+        load: &Load<'_>,
+        previous: &Placement,
+        max_moves: Option<usize>,
+    ) -> Result<Placement> {
+        let Scratch {
+            replicas, migrate, ..
+        } = scratch;
+        migrate.explore(
+            &self.topology,
+            shape,
+            self.budget,
+            load,
+            previous,
+            max_moves,
+        )?;
+        migrate.choose(max_moves);
+        replicas.clear();
+        replicas.resize(load.num_layers() * self.topology.num_slots(), Replica::NONE);
+        migrate.write(&self.topology, load, previous, replicas);
+        Placement::from_replicas(self.topology.clone(), load.num_experts(), replicas)
+    }
+
+    /// Balance against moves, from the placement in force: each milestone is the best for its
+    /// number of moves that the search has found, and [`plan_from`](Self::plan_from) with that
+    /// number leads there.
+    ///
+    /// # Errors
+    /// As [`plan_from`](Self::plan_from).
+    pub fn frontier(&self, load: &Load<'_>, previous: &Placement) -> Result<Vec<Milestone>> {
+        let shape = self.balanced_shape(load.num_experts())?;
+        let mut scratch = self.take_scratch();
+        let explored =
+            scratch
+                .migrate
+                .explore(&self.topology, &shape, self.budget, load, previous, None);
+        let frontier = explored.map(|()| scratch.migrate.frontier(&self.topology));
+        self.idle_scratch().push(scratch);
+        frontier
+    }
+
+    fn idle_scratch(&self) -> MutexGuard<'_, Vec<Scratch>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_scratch(&self) -> Scratch {
+        self.idle_scratch().pop().unwrap_or_default()
     }
 
     fn compute(&self, load: &Load<'_>, scratch: &mut Scratch) -> Result<()> {
@@ -403,9 +479,8 @@ impl Draft<'_> {
 
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
-        let idle = self.planner.idle.lock();
         let scratch = std::mem::take(&mut self.scratch);
-        idle.unwrap_or_else(PoisonError::into_inner).push(scratch);
+        self.planner.idle_scratch().push(scratch);
     }
 }
 

@@ -3,7 +3,7 @@
 use super::ranks::WHOLE;
 
 /// What the loads of a part are scaled to: a little less than [`WHOLE`], for what rounding adds.
-const TOTAL: f64 = (WHOLE - (1 << 21)) as f64;
+pub(crate) const TOTAL: f64 = (WHOLE - (1 << 21)) as f64;
 
 /// Binary digits of [`Part::slowness`] after the point.
 const SLOWNESS_BITS: u32 = 20;

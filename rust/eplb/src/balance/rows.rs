@@ -59,3 +59,27 @@ fn nearest_of<const K: usize>(values: &[i32; K], goals: &[i32], least: &mut [i32
         *least = near;
     }
 }
+
+/// Lowers each lane of `least`, taken as unsigned, to the least by which a value is above the
+/// row's; what is below it wraps around.
+#[inline(always)]
+pub(crate) fn least_above(values: &[i32], row: &[i32], least: &mut [i32]) {
+    let (fours, rest) = values.as_chunks::<4>();
+    for values in fours {
+        least_above_of(values, row, least);
+    }
+    for &value in rest {
+        least_above_of(&[value], row, least);
+    }
+}
+
+#[inline(always)]
+fn least_above_of<const K: usize>(values: &[i32; K], row: &[i32], least: &mut [i32]) {
+    for (least, &share) in least.iter_mut().zip(row) {
+        let mut above = *least as u32;
+        for &value in values {
+            above = above.min(value.wrapping_sub(share) as u32);
+        }
+        *least = above as i32;
+    }
+}
