@@ -6,7 +6,15 @@ from typing import Any, Final, Self, final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Placement", "Planner", "Topology", "__version__", "lower_bound"]
+__all__ = [
+    "Placement",
+    "Planner",
+    "Topology",
+    "__version__",
+    "lower_bound",
+    "tight_lower_bound",
+    "transfers",
+]
 
 __version__: Final[str]
 
@@ -162,6 +170,12 @@ class Planner:
     @property
     def last_timing(self) -> tuple[float, float]: ...
     def plan(self, load: npt.NDArray[np.float32]) -> Placement: ...
+    def plan_from(
+        self, load: npt.NDArray[np.float32], previous: Placement, max_moves: int | None
+    ) -> Placement: ...
+    def frontier(
+        self, load: npt.NDArray[np.float32], previous: Placement
+    ) -> list[tuple[int, float]]: ...
     def plan_arrays(
         self, load: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
@@ -174,3 +188,9 @@ class Planner:
     ) -> None: ...
 
 def lower_bound(load: npt.NDArray[np.float32], topology: Topology) -> npt.NDArray[np.float64]: ...
+def tight_lower_bound(
+    load: npt.NDArray[np.float32], topology: Topology, upper: Sequence[float]
+) -> npt.NDArray[np.float64]: ...
+def transfers(
+    previous: Placement, following: Placement, by_layer: bool
+) -> npt.NDArray[np.int64]: ...

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from eplb_rs._inputs import LoadLike
 
-__all__ = ["GroupRule", "PlanBuffers", "Planner", "PolicyName", "Timing"]
+__all__ = ["GroupRule", "Milestone", "PlanBuffers", "Planner", "PolicyName", "Timing"]
 
 PolicyName: TypeAlias = Literal["balanced", "deepseek", "trivial"]
 GroupRule: TypeAlias = Literal["strict", "free"]
@@ -34,6 +34,15 @@ class Timing(NamedTuple):
     """Planning and writing, in native code."""
     wait_us: float
     """Waiting to get the interpreter back, where it was let go."""
+
+
+class Milestone(NamedTuple):
+    """A point of the frontier of balance against moves."""
+
+    moves: int
+    """Experts that arrive on a rank that did not hold them, over all layers."""
+    balance: float
+    """The balance of the plan then; see :class:`Plan`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -169,13 +178,26 @@ class Planner:
         """Where the time of the call that ended last went."""
         return Timing(*self._core.last_timing)
 
-    def plan(self, load: LoadLike, *, layer_ids: Sequence[int] | None = None) -> Plan:
+    def plan(
+        self,
+        load: LoadLike,
+        *,
+        previous: Plan | None = None,
+        max_moves: int | None = None,
+        layer_ids: Sequence[int] | None = None,
+    ) -> Plan:
         """Plans a placement.
 
         Args:
             load: `[L, E]`, tokens per expert and layer (any unit): a NumPy array or torch tensor
                 of any integer or floating dtype, or nested lists. Read as float32. All zero gives
                 an even plan.
+            previous: The plan in force, for ``policy="balanced"``: the new one is made from it, and
+                experts that stay on their rank keep their slot. Its GPUs may have been dead or
+                alive otherwise.
+            max_moves: With ``previous``, how many experts may arrive on a rank that did not hold
+                them, over all layers; by default as many as help. What has to move because GPUs
+                died or joined moves even beyond it.
             layer_ids: The number of each layer in the model, `[L]`; by default from 0.
 
         Returns:
@@ -190,9 +212,52 @@ class Planner:
         Cost: O(L R log R): see ``benches/results``.
         """
         array = as_load(load)
-        placement = self._core.plan(array)
         core = self._core
+        if previous is None:
+            if max_moves is not None:
+                raise InvalidInputError(
+                    code="inconsistent",
+                    argument="max_moves",
+                    got=repr(max_moves),
+                    expected="None where there is no previous plan",
+                    hint="previous=plan says what the moves start from",
+                )
+            placement = core.plan(array)
+        else:
+            placement = core.plan_from(array, self._placement_of(previous), _moves(max_moves))
         return Plan._made(placement, array, core.num_groups, core.policy, layer_ids)
+
+    def frontier(self, load: LoadLike, previous: Plan) -> list[Milestone]:
+        """Balance against moves, from the plan in force.
+
+        Args:
+            load: As for :meth:`plan`.
+            previous: The plan in force.
+
+        Returns:
+            The most balance found for each number of moves, from as few as possible to as many as
+            help. :meth:`plan` with ``max_moves`` of one of them leads there or nearby.
+
+        Raises:
+            InvalidInputError: As :meth:`plan`.
+        """
+        frontier = self._core.frontier(as_load(load), self._placement_of(previous))
+        return [Milestone(moves, balance) for moves, balance in frontier]
+
+    def _placement_of(self, previous: Plan) -> _core.Placement:
+        if not isinstance(previous, Plan):
+            raise _wrong_type(
+                "previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one"
+            )
+        if self.policy != "balanced":
+            raise InvalidInputError(
+                code="inconsistent",
+                argument="previous",
+                got=f'a plan, for policy "{self.policy}"',
+                expected="None, since this policy does not look at it",
+                hint='policy="balanced" does',
+            )
+        return previous._placement
 
     def plan_into(self, load: LoadLike, out: PlanBuffers) -> None:
         """Plans a placement into buffers, and allocates nothing once warm.
@@ -279,6 +344,10 @@ class Planner:
 
 def _rebuild(arguments: tuple[Any, ...], settings: dict[str, Any]) -> Planner:
     return Planner(*arguments, **settings)
+
+
+def _moves(max_moves: int | None) -> int | None:
+    return None if max_moves is None else as_count(max_moves, "max_moves", least=0)
 
 
 def _checked_budget(

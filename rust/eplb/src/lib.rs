@@ -48,7 +48,7 @@ mod pack;
 mod trivial;
 
 pub use balance::Budget;
-pub use bound::lower_bound;
+pub use bound::{lower_bound, tight_lower_bound};
 pub use error::{Code, Error, Refusal, Result};
 pub use load::Load;
 pub use migrate::Milestone;

@@ -162,6 +162,34 @@ impl Planner {
             .map(Placement)
     }
 
+    /// Plans the best placement within a number of moves of another.
+    fn plan_from(
+        &self,
+        py: Python<'_>,
+        load: &Bound<'_, PyArray2<f32>>,
+        previous: &Placement,
+        max_moves: Option<usize>,
+    ) -> PyResult<Placement> {
+        let load = LoadArray::new(load)?;
+        let plan = |load: &Load<'_>| self.planner.plan_from(load, &previous.0, max_moves);
+        self.run(py, &load, plan).map(Placement)
+    }
+
+    /// Moves and balance along the frontier from another placement.
+    fn frontier(
+        &self,
+        py: Python<'_>,
+        load: &Bound<'_, PyArray2<f32>>,
+        previous: &Placement,
+    ) -> PyResult<Vec<(usize, f64)>> {
+        let load = LoadArray::new(load)?;
+        let milestones = self.run(py, &load, |load| self.planner.frontier(load, &previous.0))?;
+        Ok(milestones
+            .into_iter()
+            .map(|stone| (stone.moves, stone.balance))
+            .collect())
+    }
+
     /// Plans a load and hands out `phy2log`, `log2phy` and `logcnt` as arrays of their own.
     fn plan_arrays<'py>(
         &self,

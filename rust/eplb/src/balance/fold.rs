@@ -123,7 +123,8 @@ fn level_of(weight: &[i32], count: &[u32], sorted: &mut Vec<i32>) -> i32 {
 }
 
 /// Improves counts, none beyond `most`, for weights in descending order, until the heaviest rank
-/// carries no more than `target`. What `bound` says no counts can beat is not aimed at.
+/// carries no more than `target`; returns what it carries then, if no pair has to be parted because
+/// it is one expert's.
 #[inline(always)]
 pub(crate) fn improve(
     weight: &[i32],
@@ -132,7 +133,7 @@ pub(crate) fn improve(
     target: i32,
     fuel: &mut Fuel,
     scratch: &mut Scratch,
-) {
+) -> i32 {
     let Scratch {
         spare,
         tried,
@@ -141,7 +142,7 @@ pub(crate) fn improve(
         best,
     } = scratch;
     if count.iter().any(|&count| count > i16::MAX as u32) {
-        return;
+        return i32::MAX;
     }
     let mut random = Random::new();
     let mut level = level_of(weight, count, sorted);
@@ -207,6 +208,7 @@ pub(crate) fn improve(
         }
     }
     count.copy_from_slice(best);
+    level
 }
 
 /// Counts anew for another aim; returns the shortage.

@@ -55,6 +55,14 @@ impl Fuel {
         }
     }
 
+    /// As much as there was at first; a deadline stays.
+    pub(crate) fn refilled(&self) -> Self {
+        Self {
+            left: self.capacity,
+            ..self.clone()
+        }
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.left == 0
     }

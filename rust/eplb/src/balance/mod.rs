@@ -229,13 +229,26 @@ impl Scratch {
         } = self;
         let most = part.slots_of.iter().filter(|&&slots| slots > 0).count() as u32;
         counts::greedy(&part.weight, part.num_slots(), most, count, head);
+        let mut paired = None;
         if part.is_even() && part.slots_of.iter().all(|&slots| slots == 2) {
             let target = part.level_over_mean(0.0);
-            fold::improve(&part.weight, count, most, target, fuel, folds);
+            paired = Some(fold::improve(
+                &part.weight,
+                count,
+                most,
+                target,
+                fuel,
+                folds,
+            ));
         }
         counts::list(&part.weight, count, head, items);
         fill::fill(ranks, part, items, count, fill);
-        search::improve(ranks, part, fuel, best, search);
+        match paired {
+            None => search::improve(ranks, part, fuel, best, search),
+            // The best pairing; else one that had to part two replicas of one expert.
+            Some(level) if ranks.heaviest().1 <= level => {}
+            Some(_) => search::improve(ranks, part, &mut fuel.refilled(), best, search),
+        }
     }
 
     /// Writes what each slot of the part's ranks holds.
@@ -374,25 +387,27 @@ impl Scratch {
                 ranks.recount(rank, slot, expert, share);
             }
         }
-        // Free slots take the largest shares that a rank lacks.
-        while ranks.has_free_slot() {
-            let next = (0..part.weight.len())
-                .filter(|&expert| (ranks.count(expert) as usize) < ranks.num_ranks())
-                .map(|expert| {
-                    (
-                        share(expert, ranks.count(expert)),
-                        std::cmp::Reverse(expert),
-                    )
-                })
-                .filter(|&(_, expert)| lightest_free(ranks, expert.0).is_some())
-                .max();
-            let Some((_, std::cmp::Reverse(expert))) = next else {
-                break;
-            };
-            let Some((_, rank, slot)) = lightest_free(ranks, expert) else {
-                break;
-            };
-            ranks.occupy(rank, slot, expert, share);
+        // A free slot takes what comes nearest to filling its rank up to the mean, if all its free
+        // slots took as much.
+        let mean = i64::from(part.level_over_mean(0.0));
+        for rank in 0..ranks.num_ranks() {
+            for slot in 0..ranks.filled(rank) {
+                if !ranks.is_free(rank, slot) {
+                    continue;
+                }
+                let free = (slot..ranks.filled(rank)).filter(|&slot| ranks.is_free(rank, slot));
+                let missing = mean - i64::from(ranks.time(rank, ranks.load(rank)));
+                let want = missing / free.count() as i64;
+                let nearest = (0..part.weight.len())
+                    .filter(|&expert| !ranks.holds(rank, expert))
+                    .min_by_key(|&expert| {
+                        let more = share(expert, ranks.count(expert) + 1);
+                        (i64::from(ranks.time(rank, more)) - want).abs()
+                    });
+                if let Some(expert) = nearest {
+                    ranks.occupy(rank, slot, expert, share);
+                }
+            }
         }
     }
 

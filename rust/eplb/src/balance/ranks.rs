@@ -290,12 +290,6 @@ impl Ranks {
         self.expert[self.site(slot, rank)] == NOBODY
     }
 
-    /// Whether nothing is in some slot.
-    pub(crate) fn has_free_slot(&self) -> bool {
-        (0..self.num_ranks)
-            .any(|rank| (0..self.filled[rank] as usize).any(|slot| self.is_free(rank, slot)))
-    }
-
     /// Makes all replicas of an expert carry a share.
     #[inline(always)]
     fn reshare(&mut self, expert: usize, share: i32) {

@@ -19,6 +19,9 @@ const PARTNERS: usize = 16;
 /// How many exchanges may follow a change of counts before it is judged.
 const EXCHANGES: u32 = 32;
 
+/// One in so many changes of counts is for an expert of any rank, not of the heaviest.
+const STRAYS: usize = 8;
+
 /// How many changes of counts are looked at before one is made.
 const CANDIDATES: usize = 8;
 
@@ -80,7 +83,15 @@ fn change_counts(
     best.copy_from(ranks);
     while level > target && fuel.step() {
         let (heavy, _) = ranks.heaviest();
-        let hot = ranks.expert_in(heavy, random.below(ranks.filled(heavy)));
+        // Now and then one of any rank: it may be what keeps the others from fitting.
+        let source = match random.below(STRAYS) {
+            0 => random.below(ranks.num_ranks()),
+            _ => heavy,
+        };
+        if ranks.filled(source) == 0 {
+            continue;
+        }
+        let hot = ranks.expert_in(source, random.below(ranks.filled(source)));
         let mut choice = (i32::MAX, 0, 0);
         for _ in 0..CANDIDATES {
             let rank = random.below(ranks.num_ranks());
