@@ -171,7 +171,8 @@ fn place_by_count(
             .iter()
             .map(|&(share, expert)| (count[expert as usize], share, expert)),
     );
-    by_count.sort_by_key(|&(count, ..)| Reverse(count));
+    by_count
+        .sort_unstable_by_key(|&(count, share, expert)| (Reverse(count), Reverse(share), expert));
     for &(count, share, expert) in &*by_count {
         order.clear();
         let roomy = (0..part.num_ranks()).filter(|&rank| ranks.has_room(rank));

@@ -44,7 +44,10 @@ pub(crate) fn assign(group_load: &[f64], nodes: &[Node], scratch: &mut Scratch) 
     } = scratch;
     order.clear();
     order.extend(0..group_load.len() as u32);
-    order.sort_by(|&a, &b| group_load[b as usize].total_cmp(&group_load[a as usize]));
+    order.sort_unstable_by(|&a, &b| {
+        let by_load = group_load[b as usize].total_cmp(&group_load[a as usize]);
+        by_load.then(a.cmp(&b))
+    });
     room.clear();
     room.extend(nodes.iter().map(|node| node.room));
     load.clear();
