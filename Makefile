@@ -105,8 +105,10 @@ docs: tools $(STAMPS)/docs $(STAMPS)/demo $(STAMPS)/installed ## Documentation i
 ## What a release needs
 
 .PHONY: bench
-bench: tools $(STAMPS)/bench $(STAMPS)/installed ## Time the planner, in Rust and through Python
-	@$(STEP) 'benches' $(BIN)/python benches/planner.py
+bench: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time everything, beside its peers
+	@$(STEP) 'planner' $(BIN)/python benches/planner.py
+	@$(STEP) 'schedules' $(BIN)/python benches/schedules.py --output benches/results/schedules.json
+	@$(STEP) 'tables of the schedule page' $(BIN)/python benches/schedule_tables.py
 	@$(STEP) 'table in README.md' $(BIN)/python benches/readme_table.py
 
 .PHONY: wheel

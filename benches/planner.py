@@ -31,10 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import eplb_rs
 import numpy as np
 import numpy.typing as npt
-
-import eplb_rs
 from eplb_rs.loads import read_loads
 
 if TYPE_CHECKING:
@@ -123,11 +122,11 @@ def busy(case: Case, seconds: float, *, release_gil: bool) -> dict[str, Any]:
     planner = case.planner(release_gil=release_gil)
     buffers = planner.allocate(*case.load.shape, int(planner.plan(case.load).logcnt.max()))
     stop = threading.Event()
-    cores = range(os.cpu_count() or 1)
 
     def compute() -> None:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores)  # of this thread: not the core that is measured
+        if hasattr(os, "sched_setaffinity"):  # of this thread: any core but the measured one
+            others = set(range(os.cpu_count() or 1)) - os.sched_getaffinity(0)
+            os.sched_setaffinity(0, others or {0})
         while not stop.is_set():
             sum(range(1000))
 
@@ -150,8 +149,11 @@ def busy(case: Case, seconds: float, *, release_gil: bool) -> dict[str, Any]:
 class Rust:
     """The program in rust/eplb/benches/planner.rs."""
 
-    def __init__(self) -> None:
-        """Builds it."""
+    def __init__(self, program: str | None = None) -> None:
+        """Takes a built one, or builds it."""
+        if program is not None:
+            self.program = program
+            return
         command = ["cargo", "bench", "--locked", "--quiet", "--package", "eplb", "--bench"]
         build = [*command, "planner", "--no-run", "--message-format", "json"]
         output = subprocess.run(build, cwd=ROOT, check=True, capture_output=True, text=True)
@@ -273,7 +275,7 @@ def machine() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that was measured, marked if there were changes since."""
+    """The commit that is measured, marked if there are changes since."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
     output = subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True)
     return output.stdout.strip()
@@ -285,12 +287,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="of calls per figure")
     default = ROOT / "benches" / "results" / "planner.json"
     parser.add_argument("--output", type=Path, default=default)
+    parser.add_argument(
+        "--rust", metavar="PROGRAM", help="built elsewhere, where there is no cargo"
+    )
+    parser.add_argument("--commit", help="of the wheel, where there is no checkout")
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
-    rust = Rust()
-    results: dict[str, Any] = {"machine": machine(), "commit": commit(), "cases": []}
+    rust = Rust(options.rust)
+    revision = options.commit or commit()
+    results: dict[str, Any] = {"machine": machine(), "commit": revision, "cases": []}
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
             result = measure(case, rust, Path(folder) / "loads.f32", options.seconds)

@@ -41,22 +41,27 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 
+# The command line's programs, and the modules that `python -m` runs for them.
+COMMANDS = {"eplb": "eplb_rs", "dualpipe": "dualpipe"}
+
+
 class CommandHelp(Directive):
     """What a command of the command line says of itself, run when the page is built."""
 
+    required_arguments = 1
     optional_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """The text of `eplb COMMAND --help`."""
-        command = [*self.arguments, "--help"]
+        """The text of `PROGRAM [COMMAND] --help`."""
+        program, *command = [*self.arguments, "--help"]
         done = subprocess.run(
-            [sys.executable, "-m", "eplb_rs", *command],
+            [sys.executable, "-m", COMMANDS[program], *command],
             env={**os.environ, "COLUMNS": "90", "NO_COLOR": "1"},
             capture_output=True,
             check=True,
             text=True,
         )
-        text = f"$ {' '.join(['eplb', *command])}\n{done.stdout}"
+        text = f"$ {' '.join([program, *command])}\n{done.stdout}"
         return [nodes.literal_block(text, text, language="text")]
 
 
@@ -76,8 +81,10 @@ def hide_colons(
 def show_colons(
     _app: Sphinx, _what: str, _name: str, _object: object, _options: object, lines: list[str]
 ) -> None:
-    """After napoleon: they are colons again."""
-    lines[:] = [line.replace(COLON, ":") for line in lines]
+    """After napoleon: they are colons again. A named tuple's fields need no number."""
+    lines[:] = [
+        line.replace(COLON, ":") for line in lines if not line.startswith("Alias for field")
+    ]
 
 
 def setup(app: Sphinx) -> None:

@@ -1,7 +1,7 @@
 """The native module. Use the packages; this module is theirs."""
 
-from collections.abc import Sequence
-from typing import Any, Final, Self, final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Self, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -9,9 +9,14 @@ import numpy.typing as npt
 __all__ = [
     "Placement",
     "Planner",
+    "Schedule",
     "Topology",
     "__version__",
+    "check_groups",
     "lower_bound",
+    "partition_layers",
+    "schedule_methods",
+    "search_schedules",
     "tight_lower_bound",
     "transfers",
 ]
@@ -194,3 +199,118 @@ def tight_lower_bound(
 def transfers(
     previous: Placement, following: Placement, by_layer: bool
 ) -> npt.NDArray[np.int64]: ...
+def check_groups(num_groups: int, num_experts: int) -> None: ...
+def schedule_methods() -> list[str]: ...
+
+_Peaks: TypeAlias = tuple[
+    npt.NDArray[np.int64],
+    npt.NDArray[np.int64],
+    npt.NDArray[np.int64],
+    npt.NDArray[np.int64],
+    npt.NDArray[np.uint64],
+]
+_Times: TypeAlias = npt.NDArray[np.float64]
+_Bytes: TypeAlias = npt.NDArray[np.uint64]
+
+@final
+class Schedule:
+    """The instruction stream of every rank. :class:`dualpipe.Schedule` is its face."""
+
+    @staticmethod
+    def generate(
+        method: str,
+        num_ranks: int,
+        num_micro_batches: int,
+        stages_per_rank: int | None,
+        forward_only: bool,
+        transfers: bool,
+    ) -> Schedule: ...
+    @staticmethod
+    def parse(text: str) -> Schedule: ...
+    @staticmethod
+    def from_csv(text: str, name: str) -> Schedule: ...
+    def text(self) -> str: ...
+    def to_csv(self, comms: bool, older: bool, waits: bool) -> str: ...
+    def compute_only(self) -> Schedule: ...
+    def forward_only(self) -> Schedule: ...
+    def place_transfers(self) -> Schedule: ...
+    def verify(
+        self,
+        transports: list[str],
+        activation_bytes: _Bytes | None,
+        message_bytes: _Bytes | None,
+        max_activations: int | None,
+        max_bytes: int | None,
+    ) -> tuple[_Peaks, list[str], int]: ...
+    def simulate(
+        self,
+        times: tuple[_Times, _Times, _Times, _Times],
+        rank_factor: _Times,
+        overlap_factor: float,
+        pair: _Times | None,
+        latency: _Times,
+        bandwidth: _Times,
+        message_bytes: _Times,
+        blocking: bool,
+        early_forward: bool,
+        sizes_bytes: tuple[_Bytes, _Bytes] | None,
+    ) -> tuple[
+        float,
+        _Times,
+        float,
+        _Peaks,
+        tuple[npt.NDArray[np.int64], _Times, _Times],
+        npt.NDArray[np.int64],
+    ]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def num_ranks(self) -> int: ...
+    @property
+    def num_stages(self) -> int: ...
+    @property
+    def num_copies(self) -> int: ...
+    @property
+    def micro_batches(self) -> list[int]: ...
+    @property
+    def placement(self) -> list[int]: ...
+    @property
+    def has_transfers(self) -> bool: ...
+    @property
+    def has_backward(self) -> bool: ...
+    def arrays(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.uint8],
+        npt.NDArray[np.uint8],
+        npt.NDArray[np.uint16],
+        npt.NDArray[np.uint32],
+    ]: ...
+    @property
+    def starts(self) -> npt.NDArray[np.int64]: ...
+    def __len__(self) -> int: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+
+_Layers: TypeAlias = tuple[tuple[_Times, _Times, _Times], tuple[_Bytes, _Bytes, _Bytes]]
+_Machine: TypeAlias = tuple[
+    tuple[_Times, _Times, _Times], tuple[float, bool, bool], tuple[int | None, int]
+]
+_Cut: TypeAlias = tuple[list[int], float, float, bool, _Bytes, float, int, float]
+
+def partition_layers(
+    layers: _Layers,
+    method: str,
+    num_ranks: int,
+    num_micro_batches: int,
+    stages_per_rank: int | None,
+    machine: _Machine,
+) -> _Cut: ...
+def search_schedules(
+    num_ranks: int,
+    methods: list[str],
+    loads: list[tuple[int, _Layers]],
+    stages_per_rank: list[int],
+    machine: _Machine,
+    progress: Callable[[int, int], object] | None,
+) -> list[tuple[str, int, int | None, _Cut | None, float, float | None, str]]: ...

@@ -61,7 +61,7 @@ def rebalance_experts(
         InvalidInputError: ``wrong_shape``, ``empty``, ``ragged``, ``wrong_dtype``, ``wrong_type``,
             ``masked`` or ``unsupported_tensor`` for the form of ``weight``; ``negative``,
             ``not_finite`` or ``too_large`` for its values; ``not_positive``, ``not_integer``,
-            ``not_multiple``, ``too_small`` or ``too_large`` for the numbers.
+            ``not_multiple``, ``not_divisor``, ``too_small`` or ``too_large`` for the numbers.
 
     Cost: O(L R log R); 58 layers of 256 experts on 288 slots take a fraction of a millisecond.
 

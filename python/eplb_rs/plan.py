@@ -102,7 +102,7 @@ class Plan:
             InvalidInputError: ``wrong_type``, ``ragged``, ``masked``, ``wrong_dtype`` or
                 ``wrong_shape`` for ``phy2log``, ``out_of_range`` for an expert that does not
                 exist, ``too_small`` for one without a slot; ``wrong_type`` for the topology;
-                ``not_multiple`` if experts do not divide into groups; for the load and the
+                ``not_divisor`` if experts do not divide into groups; for the load and the
                 layers as :meth:`Planner.plan`.
         """
         expert_load = as_load(load)
@@ -473,13 +473,7 @@ def _checked_layer_ids(layer_ids: Sequence[int] | None, num_layers: int) -> tupl
 
 def _checked_groups(num_groups: object, num_experts: int) -> int:
     groups = as_count(num_groups, "num_groups")
-    if num_experts % groups:
-        raise InvalidInputError(
-            code="not_multiple",
-            argument="num_experts",
-            got=str(num_experts),
-            expected=f"a multiple of `num_groups` ({groups})",
-        )
+    _core.check_groups(groups, num_experts)
     return groups
 
 

@@ -205,7 +205,7 @@ class Planner:
 
         Raises:
             InvalidInputError: For the load, see :func:`eplb_rs.rebalance_experts`;
-                ``too_small`` if there are fewer slots than experts, ``not_multiple`` if experts
+                ``too_small`` if there are fewer slots than experts, ``not_divisor`` if experts
                 do not divide into groups; ``wrong_type``, ``wrong_shape``, ``not_integer`` or
                 ``negative`` for ``layer_ids``.
 

@@ -482,12 +482,17 @@ def check_rank_load(rank_load: Any, phy2log: Any, load: Any, *, rtol: float = 1e
     )
 
 
-def check_plan(plan: Plan) -> None:
+def check_plan(plan: Plan, *, keeps_groups: bool | None = None) -> None:
     """Checks all that a :class:`eplb_rs.Plan` says of itself.
 
     Its maps agree; groups stay on nodes where the policy keeps them; ranks carry what their slots
     hold, all of the load between them, and no less than the lower bound at the heaviest; balance
     and imbalance are what they are defined to be; nothing of it can be written to.
+
+    Args:
+        plan: The plan.
+        keeps_groups: Whether groups must stay on one node; by default where its policy is
+            ``"deepseek"`` and they divide over nodes.
 
     Raises:
         AssertionError: Saying what does not hold.
@@ -497,7 +502,9 @@ def check_plan(plan: Plan) -> None:
     topology, num_layers = plan.topology, plan.num_layers
     check_placement(plan.phy2log, plan.log2phy, plan.logcnt, num_experts=plan.num_experts)
     _expect_shape("phy2log", plan.phy2log, (num_layers, topology.num_slots))
-    if plan.policy == "deepseek" and plan.num_groups % topology.num_nodes == 0:
+    if keeps_groups is None:
+        keeps_groups = plan.policy == "deepseek" and plan.num_groups % topology.num_nodes == 0
+    if keeps_groups:
         check_groups_stay_on_nodes(
             plan.phy2log,
             num_experts=plan.num_experts,

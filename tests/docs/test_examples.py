@@ -10,6 +10,7 @@ from pathlib import Path
 import dualpipe
 import eplb_rs
 import pytest
+from eplb_rs.cli import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -50,6 +51,18 @@ def test_pages(page: str) -> None:
     runner = doctest.DocTestRunner(optionflags=OPTIONS)
     runner.run(doctest.DocTestParser().get_doctest(session, {}, page, page, 0))
     assert runner.failures == 0
+
+
+def test_the_output_shown_is_the_output(capsys: pytest.CaptureFixture[str]) -> None:
+    """What README.md shows of the command line is what it prints, but for `...`."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^```text\n\$ eplb (.*)\n((?:.*\n)*?)```$", text, re.MULTILINE)
+    assert shown
+    for arguments, output in shown:
+        assert main(arguments.split()) == 0
+        printed = capsys.readouterr().out
+        pattern = ".*".join(map(re.escape, re.split(r"^\.\.\.$", output, flags=re.MULTILINE)))
+        assert re.fullmatch(pattern, printed, re.DOTALL), printed
 
 
 def test_some_pages_have_examples() -> None:

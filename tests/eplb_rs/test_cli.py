@@ -184,11 +184,11 @@ def test_help_and_version(run):
         (("--gpus", 32, "--replicas", 290), "nearest: 288, 320"),
         (("--gpus", 32, "--replicas", 224), "--replicas (224) must be at least the number of"),
         (("--gpus", 32, "--nodes", 5), "--gpus (32) must be a multiple of --nodes (5)"),
-        (("--gpus", 32, "--groups", 7), "must be a multiple of --groups (7)"),
+        (("--gpus", 32, "--groups", 7), "must be a divisor of the number of experts"),
         (("--gpus", 32, "--replicas", 2**70), "--replicas"),
         (("--gpus", 2**40), "--replicas"),
         (("--gpus", 32, "--threads", 10**9), "--threads"),
-        (("--gpus", 32, "--policy", "best"), "--policy (best) must be one of: balanced"),
+        (("--gpus", 32, "--policy", "best"), '--policy ("best") must be one of: balanced'),
         (("--gpus", 32, "--windows", "9"), "--windows ('9') must be one of the file's 1 windows"),
         (("--gpus", 32, "--windows", "x\ny"), "--windows"),
         (("--gpus", 32, "--key", "a"), "--key ('a') must be a field of the file"),
@@ -312,9 +312,11 @@ def test_interrupt(monkeypatch, run):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ there")
 def test_interrupt_by_signal():
+    # Where the tests run in the background, the shell has SIGINT ignored.
     code = """
-import sys, time
+import signal, sys, time
 from eplb_rs import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def slow(*_, **__):
     print("reading", file=sys.stderr, flush=True)
     time.sleep(60)

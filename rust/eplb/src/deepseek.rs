@@ -20,7 +20,7 @@ use multiversion::multiversion;
 
 use std::collections::BinaryHeap;
 
-use crate::error::{Result, require_multiple};
+use crate::error::{Result, require_groups};
 use crate::lanes::{LANES, Row, TAG, key, tag, value};
 use crate::order::{self, sort_descending};
 use crate::pack::{self, Places, pack};
@@ -47,10 +47,10 @@ impl Shape {
     /// Checks that the policy can serve these sizes.
     ///
     /// # Errors
-    /// `TooSmall` for fewer slots than experts, `NotMultiple` for experts that do not divide into
+    /// `TooSmall` for fewer slots than experts, `NotDivisor` for experts that do not divide into
     /// groups.
     pub(crate) fn new(topology: &Topology, num_experts: usize, num_groups: usize) -> Result<Self> {
-        require_multiple("num_experts", num_experts, "num_groups", num_groups)?;
+        require_groups(num_groups, num_experts)?;
         check_slots(num_experts, topology)?;
         let hierarchical = is_hierarchical(topology, num_groups);
         let (num_groups, num_nodes) = if hierarchical {

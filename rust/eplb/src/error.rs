@@ -66,8 +66,10 @@ impl fmt::Display for Refusal {
 pub enum Code {
     /// A count that is zero.
     NotPositive,
-    /// A count that does not divide as it must.
+    /// A count that is no multiple of another.
     NotMultiple,
+    /// A count that does not divide another.
+    NotDivisor,
     /// A count below its least value.
     TooSmall,
     /// A size beyond what can be held or indexed.
@@ -91,6 +93,7 @@ impl Code {
         match self {
             Self::NotPositive => "not_positive",
             Self::NotMultiple => "not_multiple",
+            Self::NotDivisor => "not_divisor",
             Self::TooSmall => "too_small",
             Self::TooLarge => "too_large",
             Self::WrongShape => "wrong_shape",
@@ -184,5 +187,29 @@ pub(crate) fn require_multiple(
         value,
         format!("a multiple of `{divisor_name}` ({divisor})"),
         format!("nearest: {nearest}"),
+    ))
+}
+
+/// Refuses a `num_groups` that experts do not divide into, and names the nearest that would do.
+///
+/// Neither is zero: callers check it first.
+pub(crate) fn require_groups(num_groups: usize, num_experts: usize) -> Result<()> {
+    if num_experts.is_multiple_of(num_groups) {
+        return Ok(());
+    }
+    let divides = |groups: &usize| num_experts.is_multiple_of(*groups);
+    let below = (1..num_groups.min(num_experts + 1)).rev().find(divides);
+    let above = (num_groups..=num_experts).find(divides);
+    let nearest: Vec<_> = below
+        .into_iter()
+        .chain(above)
+        .map(|n| n.to_string())
+        .collect();
+    Err(Error::invalid(
+        Code::NotDivisor,
+        "num_groups",
+        num_groups,
+        format!("a divisor of the number of experts ({num_experts})"),
+        format!("nearest: {}", nearest.join(", ")),
     ))
 }

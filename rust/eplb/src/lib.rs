@@ -56,3 +56,7 @@ pub use placement::{Placement, PlacementMut, Replica};
 pub use planner::{GroupRule, Planner, Policy};
 pub use topology::Topology;
 pub use transfer::{Transfer, transfers};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -7,7 +7,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::balance::{self, Budget};
 use crate::deepseek;
-use crate::error::{Code, Error, Result, require_positive};
+use crate::error::{Code, Error, Result, require_groups, require_positive};
 use crate::load::Load;
 use crate::migrate::{self, Milestone};
 use crate::placement::{Placement, PlacementMut, Replica};
@@ -242,7 +242,7 @@ impl Planner {
     /// where it goes. This is the whole computation; what is left is writing.
     ///
     /// # Errors
-    /// [`Code::TooSmall`] if there are fewer slots than experts, [`Code::NotMultiple`] if experts
+    /// [`Code::TooSmall`] if there are fewer slots than experts, [`Code::NotDivisor`] if experts
     /// do not divide into groups, [`Code::TooLarge`] if the scratch does not fit in memory.
     pub fn draft(&self, load: &Load<'_>) -> Result<Draft<'_>> {
         let scratch = self.take_scratch();
@@ -482,6 +482,16 @@ impl Drop for Draft<'_> {
         let scratch = std::mem::take(&mut self.scratch);
         self.planner.idle_scratch().push(scratch);
     }
+}
+
+/// Refuses a number of groups that experts do not divide into.
+///
+/// # Errors
+/// [`Code::NotPositive`] for a zero, [`Code::NotDivisor`] with the nearest that would do.
+pub fn check_groups(num_groups: usize, num_experts: usize) -> Result<()> {
+    require_positive("num_groups", num_groups)?;
+    require_positive("num_experts", num_experts)?;
+    require_groups(num_groups, num_experts)
 }
 
 /// Refuses fewer slots than experts.

@@ -8,6 +8,9 @@ mod arguments;
 mod errors;
 mod placement;
 mod planner;
+mod schedule;
+mod schedule_choice;
+mod schedule_errors;
 mod topology;
 
 /// Planning core of `eplb_rs` and `dualpipe`. Use the packages; this module is theirs.
@@ -16,7 +19,11 @@ mod _core {
     #[pymodule_export]
     use crate::placement::{Placement, lower_bound, tight_lower_bound, transfers};
     #[pymodule_export]
-    use crate::planner::Planner;
+    use crate::planner::{Planner, check_groups};
+    #[pymodule_export]
+    use crate::schedule::{Schedule, schedule_methods};
+    #[pymodule_export]
+    use crate::schedule_choice::{partition_layers, search_schedules};
     #[pymodule_export]
     use crate::topology::Topology;
 

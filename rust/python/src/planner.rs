@@ -66,7 +66,14 @@ impl Planner {
         let known = Policy::from_name(policy).ok_or_else(|| {
             let names: Vec<_> = Policy::ALL.iter().map(|policy| policy.name()).collect();
             let expected = format!("one of: {}", names.join(", "));
-            invalid_input(py, "unknown", "policy", policy, &expected, "")
+            invalid_input(
+                py,
+                "unknown",
+                "policy",
+                &format!("{policy:?}"),
+                &expected,
+                "",
+            )
         })?;
         let rule = GroupRule::from_name(group_rule).ok_or_else(|| {
             let names: Vec<_> = GroupRule::ALL.iter().map(|rule| rule.name()).collect();
@@ -343,4 +350,16 @@ fn contiguous<'a, D: Dimension>(
     array
         .as_slice_mut()
         .map_err(|_| not_contiguous(py, argument))
+}
+
+/// Refuses a number of groups that experts do not divide into.
+#[pyfunction]
+pub(crate) fn check_groups(
+    py: Python<'_>,
+    num_groups: &Bound<'_, PyAny>,
+    num_experts: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    let num_groups = count(num_groups, "num_groups")?;
+    let num_experts = count(num_experts, "num_experts")?;
+    eplb::planner::check_groups(num_groups, num_experts).map_err(|error| plan_error(py, &error))
 }

@@ -1,0 +1,71 @@
+"""What is raised when a schedule cannot be made, read, proved or simulated.
+
+Every exception names the argument at fault, shows what it got, says what it wanted and how to
+mend it. The parts are attributes, for programs that react to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["DeadlockError", "ScheduleError"]
+
+
+class ScheduleError(ValueError):
+    """A schedule, or a request for one, that was refused. Nothing was changed by it.
+
+    Attributes:
+        code: The kind of fault, in snake case, for example ``"odd_ranks"``; for a schedule that
+            breaks a rule, the rule: ``"placement"``, ``"twice"``, ``"missing"``, ``"order"``,
+            ``"pairing"``, ``"message_order"``, ``"reduction"`` or ``"memory"``.
+        argument: The name of the argument at fault.
+        got: What was given, as text.
+        expected: What would have been taken, as text.
+        hint: How to mend it, as text; may be empty.
+        rank: For a rule broken, the rank.
+        index: The instruction, counted in the rank's stream; its length where one is missing.
+        instruction: That instruction as text.
+        transport: The transport under which the rule is broken; None for all.
+        waits: Who waits for whom: (rank, index, instruction, rank waited for).
+        report: The whole counter-example with its grid, which is also the message.
+    """
+
+    def __init__(
+        self,
+        *,
+        code: str,
+        argument: str,
+        got: str,
+        expected: str,
+        hint: str = "",
+        rank: int | None = None,
+        index: int | None = None,
+        instruction: str | None = None,
+        transport: str | None = None,
+        waits: list[tuple[int, int, str, int]] | None = None,
+        report: str | None = None,
+    ) -> None:
+        self.code = code
+        self.argument = argument
+        self.got = got
+        self.expected = expected
+        self.hint = hint
+        self.rank = rank
+        self.index = index
+        self.instruction = instruction
+        self.transport = transport
+        self.waits = waits or []
+        self.report = report
+        message = f"`{argument}` ({got}) must be {expected}"
+        super().__init__(report or (f"{message}; {hint}" if hint else message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), dict(self.__dict__))
+
+
+class DeadlockError(ScheduleError):
+    """A schedule whose ranks would wait for one another for ever."""
+
+
+def _rebuild(kind: type[ScheduleError], parts: dict[str, Any]) -> ScheduleError:
+    return kind(**parts)
