@@ -17,6 +17,10 @@ use super::random::Random;
 /// Sizes between `T / 2` and `T` that are told apart.
 const BINS: usize = 128;
 
+/// Fewer ranks than these are left to the general search: there, that the best pairing may part two
+/// replicas of one expert weighs more.
+pub(crate) const FEWEST: usize = 4;
+
 /// By how much the next level is below the last.
 const STEP: f64 = 0.003;
 

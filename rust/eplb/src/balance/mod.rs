@@ -230,7 +230,8 @@ impl Scratch {
         let most = part.slots_of.iter().filter(|&&slots| slots > 0).count() as u32;
         counts::greedy(&part.weight, part.num_slots(), most, count, head);
         let mut paired = None;
-        if part.is_even() && part.slots_of.iter().all(|&slots| slots == 2) {
+        let pairs = part.slots_of.iter().all(|&slots| slots == 2);
+        if part.is_even() && pairs && part.num_ranks() > fold::FEWEST {
             let target = part.level_over_mean(0.0);
             paired = Some(fold::improve(
                 &part.weight,

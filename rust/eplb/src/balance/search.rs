@@ -22,6 +22,14 @@ const EXCHANGES: u32 = 32;
 /// One in so many changes of counts is for an expert of any rank, not of the heaviest.
 const STRAYS: usize = 8;
 
+/// With so few ranks, all have a part in what is wrong: every other change is a stray one, and every
+/// other is followed by one more.
+const SMALL: usize = 4;
+
+/// How many changes of counts are made at once, at most; after each, one in so many times another.
+const CHANGES: usize = 3;
+const FURTHER: usize = 4;
+
 /// How many changes of counts are looked at before one is made.
 const CANDIDATES: usize = 8;
 
@@ -81,34 +89,20 @@ fn change_counts(
     let mut random = Random::new();
     let mut level = level;
     best.copy_from(ranks);
+    let small = ranks.num_ranks() <= SMALL;
     while level > target && fuel.step() {
-        let (heavy, _) = ranks.heaviest();
-        // Now and then one of any rank: it may be what keeps the others from fitting.
-        let source = match random.below(STRAYS) {
-            0 => random.below(ranks.num_ranks()),
-            _ => heavy,
-        };
-        if ranks.filled(source) == 0 {
+        let mut changed = false;
+        for change in 0..CHANGES {
+            // One change more, now and then: some placements are two changes away from any better.
+            if change > 0 && random.below(if small { 2 } else { FURTHER }) > 0 {
+                break;
+            }
+            let (heavy, _) = ranks.heaviest();
+            changed |= change_count(ranks, heavy, &mut random, share_of);
+        }
+        if !changed {
             continue;
         }
-        let hot = ranks.expert_in(source, random.below(ranks.filled(source)));
-        let mut choice = (i32::MAX, 0, 0);
-        for _ in 0..CANDIDATES {
-            let rank = random.below(ranks.num_ranks());
-            if ranks.filled(rank) == 0 || ranks.holds(rank, hot) {
-                continue;
-            }
-            let slot = random.below(ranks.filled(rank));
-            if ranks.count(ranks.expert_in(rank, slot)) > 1 {
-                let after = ranks.level_after_recount(rank, slot, hot, share_of);
-                choice = choice.min((after, rank, slot));
-            }
-        }
-        let (after, rank, slot) = choice;
-        if after == i32::MAX {
-            continue;
-        }
-        ranks.recount(rank, slot, hot, share_of);
         let new = fuel.spend(EXCHANGES, |fuel| {
             descend(ranks, target_of_exchanges, fuel, scratch)
         });
@@ -120,4 +114,46 @@ fn change_counts(
         }
     }
     ranks.copy_from(best);
+}
+
+/// Gives an expert of the heaviest rank, or now and then of another, one more replica, in the place
+/// of another's: of a few such changes, the one that leaves the ranks it burdens lightest. Returns
+/// whether there was one.
+#[inline(always)]
+fn change_count(
+    ranks: &mut Ranks,
+    heavy: usize,
+    random: &mut Random,
+    share_of: impl Fn(usize, u32) -> i32 + Copy,
+) -> bool {
+    // An expert of any rank may be what keeps the others from fitting.
+    let source = match random.below(if ranks.num_ranks() <= SMALL {
+        2
+    } else {
+        STRAYS
+    }) {
+        0 => random.below(ranks.num_ranks()),
+        _ => heavy,
+    };
+    if ranks.filled(source) == 0 {
+        return false;
+    }
+    let hot = ranks.expert_in(source, random.below(ranks.filled(source)));
+    let mut choice = (i32::MAX, 0, 0);
+    for _ in 0..CANDIDATES {
+        let rank = random.below(ranks.num_ranks());
+        if ranks.filled(rank) == 0 || ranks.holds(rank, hot) {
+            continue;
+        }
+        let slot = random.below(ranks.filled(rank));
+        if ranks.count(ranks.expert_in(rank, slot)) > 1 {
+            let after = ranks.level_after_recount(rank, slot, hot, share_of);
+            choice = choice.min((after, rank, slot));
+        }
+    }
+    let (after, rank, slot) = choice;
+    if after < i32::MAX {
+        ranks.recount(rank, slot, hot, share_of);
+    }
+    after < i32::MAX
 }
