@@ -15,17 +15,20 @@ from eplb_rs._core import Topology, __version__
 from eplb_rs.deepseek import rebalance_experts
 from eplb_rs.errors import InfeasibleError, InvalidInputError, PlanError
 from eplb_rs.plan import Plan
-from eplb_rs.planner import PlanBuffers, Planner, Timing
+from eplb_rs.planner import Milestone, PlanBuffers, Planner, Timing
+from eplb_rs.transfers import Transfers
 
 __all__ = [
     "InfeasibleError",
     "InvalidInputError",
+    "Milestone",
     "Plan",
     "PlanBuffers",
     "PlanError",
     "Planner",
     "Timing",
     "Topology",
+    "Transfers",
     "__version__",
     "rebalance_experts",
 ]

@@ -1,7 +1,7 @@
 """The native module. Use the packages; this module is theirs."""
 
-from collections.abc import Callable
-from typing import Final, Self, TypeAlias, final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Self, TypeAlias, final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ __all__ = [
     "partition_layers",
     "schedule_methods",
     "search_schedules",
+    "tight_lower_bound",
+    "transfers",
 ]
 
 __version__: Final[str]
@@ -34,7 +36,16 @@ class Topology:
         InvalidInputError: ``not_positive``, ``not_integer`` or ``too_large`` for a count.
     """
 
-    def __new__(cls, num_nodes: int, gpus_per_node: int, slots_per_gpu: int) -> Self: ...
+    def __new__(
+        cls,
+        num_nodes: int,
+        gpus_per_node: int,
+        slots_per_gpu: int,
+        *,
+        slots: Sequence[int] | None = None,
+        speeds: Sequence[float] | None = None,
+        dead: Sequence[int] | None = None,
+    ) -> Self: ...
     @staticmethod
     def from_totals(*, num_replicas: int, num_nodes: int, num_gpus: int) -> Topology:
         """The topology with these totals, as :func:`eplb_rs.rebalance_experts` takes them.
@@ -43,6 +54,42 @@ class Topology:
             InvalidInputError: As the constructor; ``not_multiple`` if ``num_gpus`` does not
                 divide over the nodes or ``num_replicas`` over the GPUs.
         """
+    def with_slots(self, slots: Sequence[int]) -> Topology:
+        """The same machines with ``slots[gpu]`` expert slots on each GPU.
+
+        Raises:
+            InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
+                ``not_positive`` or ``too_large`` for a number.
+        """
+    def with_speeds(self, speeds: Sequence[float]) -> Topology:
+        """The same machines with GPUs of these speeds: how much load each serves in the same time,
+        in any unit.
+
+        Raises:
+            InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
+                ``out_of_range`` for one that is not above zero, or if one is more than 1,000
+                times another.
+        """
+    def with_dead(self, dead: Sequence[int]) -> Topology:
+        """The same machines when these GPUs, and no others, are dead. Their slots keep their
+        numbers and hold -1.
+
+        Raises:
+            InvalidInputError: ``out_of_range`` for a GPU that does not exist, ``too_small`` if
+                none is left.
+        """
+    @property
+    def slots(self) -> list[int]:
+        """How many slots each GPU has, by GPU."""
+    @property
+    def speeds(self) -> list[float]:
+        """How fast each GPU is, by GPU."""
+    @property
+    def dead(self) -> list[int]:
+        """The GPUs that are dead."""
+    @property
+    def is_even(self) -> bool:
+        """Whether all GPUs have the same number of slots and the same speed, and none is dead."""
     @property
     def num_nodes(self) -> int:
         """How many nodes there are."""
@@ -61,7 +108,7 @@ class Topology:
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
     def __hash__(self) -> int: ...
-    def __getnewargs__(self) -> tuple[int, int, int]: ...
+    def __getnewargs_ex__(self) -> tuple[tuple[int, int, int], dict[str, Any]]: ...
 
 @final
 class Placement:
@@ -105,6 +152,9 @@ class Planner:
         policy: str,
         threads: int,
         release_gil: bool | None,
+        group_rule: str = "strict",
+        iterations: int | None = None,
+        time_limit_us: float | None = None,
     ) -> Self: ...
     @property
     def topology(self) -> Topology: ...
@@ -117,10 +167,22 @@ class Planner:
     @property
     def release_gil(self) -> bool | None: ...
     @property
+    def group_rule(self) -> str: ...
+    @property
+    def iterations(self) -> int | None: ...
+    @property
+    def time_limit_us(self) -> float | None: ...
+    @property
     def keeps_groups(self) -> bool: ...
     @property
     def last_timing(self) -> tuple[float, float]: ...
     def plan(self, load: npt.NDArray[np.float32]) -> Placement: ...
+    def plan_from(
+        self, load: npt.NDArray[np.float32], previous: Placement, max_moves: int | None
+    ) -> Placement: ...
+    def frontier(
+        self, load: npt.NDArray[np.float32], previous: Placement
+    ) -> list[tuple[int, float]]: ...
     def plan_arrays(
         self, load: npt.NDArray[np.float32]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]: ...
@@ -190,6 +252,12 @@ class StepPlanner:
     ) -> tuple[int, int, int]: ...
 
 def lower_bound(load: npt.NDArray[np.float32], topology: Topology) -> npt.NDArray[np.float64]: ...
+def tight_lower_bound(
+    load: npt.NDArray[np.float32], topology: Topology, upper: Sequence[float]
+) -> npt.NDArray[np.float64]: ...
+def transfers(
+    previous: Placement, following: Placement, by_layer: bool
+) -> npt.NDArray[np.int64]: ...
 def check_groups(num_groups: int, num_experts: int) -> None: ...
 def schedule_methods() -> list[str]: ...
 

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from eplb_rs._inputs import LoadLike
     from eplb_rs.realtime import Step, StepLimits
 
-__all__ = ["PlanBuffers", "Planner", "PolicyName", "Timing"]
+__all__ = ["GroupRule", "Milestone", "PlanBuffers", "Planner", "PolicyName", "Timing"]
 
-PolicyName: TypeAlias = Literal["deepseek", "trivial"]
+PolicyName: TypeAlias = Literal["balanced", "deepseek", "trivial"]
+GroupRule: TypeAlias = Literal["strict", "free"]
 
 
 class Timing(NamedTuple):
@@ -34,6 +35,15 @@ class Timing(NamedTuple):
     """Planning and writing, in native code."""
     wait_us: float
     """Waiting to get the interpreter back, where it was let go."""
+
+
+class Milestone(NamedTuple):
+    """A point of the frontier of balance against moves."""
+
+    moves: int
+    """Experts that arrive on a rank that did not hold them, over all layers."""
+    balance: float
+    """The balance of the plan then; see :class:`Plan`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,7 +73,8 @@ class Planner:
         num_groups: In how many groups the model's experts are (DeepSeek-V3 and R1: 8). Under
             ``policy="deepseek"``, if groups divide over nodes, each group stays on one node;
             otherwise groups and nodes are ignored.
-        policy: ``"deepseek"``, the reference algorithm, to the last slot; or ``"trivial"``, what
+        policy: ``"balanced"``, replica counts and packing improved together by local search;
+            ``"deepseek"``, the reference algorithm, to the last slot; or ``"trivial"``, what
             engines start from: slot `i` holds expert `i mod E`, whatever the load.
         threads: How many threads a call computes on. 1 is the caller's own; more are a pool that
             belongs to this planner. One is fastest below about 0.5 ms of work.
@@ -72,6 +83,14 @@ class Planner:
             computes in Python takes up to :func:`sys.getswitchinterval` (5 ms), many times the
             plan. A caller with a latency budget passes ``False``; one whose other threads must not
             wait, ``True``. :attr:`last_timing` reports the wait.
+        group_rule: Under ``policy="balanced"``, ``"strict"`` keeps each group of experts on one
+            node, ``"free"`` ignores groups. A model with one group has no rule.
+        iterations: Under ``policy="balanced"``, how many steps the search may take for a layer;
+            by default 1,000. The same plan on every machine. Layers that are even enough stop
+            sooner; more steps never give a worse plan.
+        time_limit_us: Instead of ``iterations``, how long a call may search, in microseconds. The
+            plan then depends on how fast the machine happens to be: where several processes must
+            come to the same plan, as in an engine, use ``iterations``.
 
     Raises:
         InvalidInputError: ``not_positive``, ``not_integer``, ``too_large`` for a count,
@@ -97,6 +116,9 @@ class Planner:
         threads: int = 1,
         *,
         release_gil: bool | None = None,
+        group_rule: GroupRule = "strict",
+        iterations: int | None = None,
+        time_limit_us: float | None = None,
     ) -> None:
         if not isinstance(policy, str):
             raise _wrong_type("policy", policy, "a string")
@@ -104,7 +126,13 @@ class Planner:
             raise _wrong_type("release_gil", release_gil, "True, False or None")
         known = policy.encode(errors="replace").decode()  # lone surrogates have no UTF-8
         release = None if release_gil is None else bool(release_gil)
-        self._core = _core.Planner(as_topology(topology), num_groups, known, threads, release)
+        if not isinstance(group_rule, str):
+            raise _wrong_type("group_rule", group_rule, "a string")
+        rule = group_rule.encode(errors="replace").decode()
+        limit = _checked_budget(iterations, time_limit_us)
+        self._core = _core.Planner(
+            as_topology(topology), num_groups, known, threads, release, rule, *limit
+        )
 
     @property
     def topology(self) -> _core.Topology:
@@ -132,17 +160,45 @@ class Planner:
         return self._core.release_gil
 
     @property
+    def group_rule(self) -> str:
+        """What the balanced policy makes of groups of experts."""
+        return self._core.group_rule
+
+    @property
+    def iterations(self) -> int | None:
+        """How many steps the search may take for a layer; ``None`` if its time is limited."""
+        return self._core.iterations
+
+    @property
+    def time_limit_us(self) -> float | None:
+        """How long a call may search, in microseconds; ``None`` if its steps are limited."""
+        return self._core.time_limit_us
+
+    @property
     def last_timing(self) -> Timing:
         """Where the time of the call that ended last went."""
         return Timing(*self._core.last_timing)
 
-    def plan(self, load: LoadLike, *, layer_ids: Sequence[int] | None = None) -> Plan:
+    def plan(
+        self,
+        load: LoadLike,
+        *,
+        previous: Plan | None = None,
+        max_moves: int | None = None,
+        layer_ids: Sequence[int] | None = None,
+    ) -> Plan:
         """Plans a placement.
 
         Args:
             load: `[L, E]`, tokens per expert and layer (any unit): a NumPy array or torch tensor
                 of any integer or floating dtype, or nested lists. Read as float32. All zero gives
                 an even plan.
+            previous: The plan in force, for ``policy="balanced"``: the new one is made from it, and
+                experts that stay on their rank keep their slot. Its GPUs may have been dead or
+                alive otherwise.
+            max_moves: With ``previous``, how many experts may arrive on a rank that did not hold
+                them, over all layers; by default as many as help. What has to move because GPUs
+                died or joined moves even beyond it.
             layer_ids: The number of each layer in the model, `[L]`; by default from 0.
 
         Returns:
@@ -157,9 +213,52 @@ class Planner:
         Cost: O(L R log R): see ``benches/results``.
         """
         array = as_load(load)
-        placement = self._core.plan(array)
         core = self._core
+        if previous is None:
+            if max_moves is not None:
+                raise InvalidInputError(
+                    code="inconsistent",
+                    argument="max_moves",
+                    got=repr(max_moves),
+                    expected="None where there is no previous plan",
+                    hint="previous=plan says what the moves start from",
+                )
+            placement = core.plan(array)
+        else:
+            placement = core.plan_from(array, self._placement_of(previous), _moves(max_moves))
         return Plan._made(placement, array, core.num_groups, core.policy, layer_ids)
+
+    def frontier(self, load: LoadLike, previous: Plan) -> list[Milestone]:
+        """Balance against moves, from the plan in force.
+
+        Args:
+            load: As for :meth:`plan`.
+            previous: The plan in force.
+
+        Returns:
+            The most balance found for each number of moves, from as few as possible to as many as
+            help. :meth:`plan` with ``max_moves`` of one of them leads there or nearby.
+
+        Raises:
+            InvalidInputError: As :meth:`plan`.
+        """
+        frontier = self._core.frontier(as_load(load), self._placement_of(previous))
+        return [Milestone(moves, balance) for moves, balance in frontier]
+
+    def _placement_of(self, previous: Plan) -> _core.Placement:
+        if not isinstance(previous, Plan):
+            raise _wrong_type(
+                "previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one"
+            )
+        if self.policy != "balanced":
+            raise InvalidInputError(
+                code="inconsistent",
+                argument="previous",
+                got=f'a plan, for policy "{self.policy}"',
+                expected="None, since this policy does not look at it",
+                hint='policy="balanced" does',
+            )
+        return previous._placement
 
     def plan_into(self, load: LoadLike, out: PlanBuffers) -> None:
         """Plans a placement into buffers, and allocates nothing once warm.
@@ -282,18 +381,55 @@ class Planner:
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        arguments = (self.topology, self.num_groups, self.policy, self.threads, self.release_gil)
-        return _rebuild, arguments
+        arguments = (self.topology, self.num_groups, self.policy, self.threads)
+        settings = {
+            "release_gil": self.release_gil,
+            "group_rule": self.group_rule,
+            "iterations": self.iterations,
+            "time_limit_us": self.time_limit_us,
+        }
+        return _rebuild, (arguments, settings)
 
 
-def _rebuild(
-    topology: _core.Topology,
-    num_groups: int,
-    policy: PolicyName,
-    threads: int,
-    release_gil: bool | None,
-) -> Planner:
-    return Planner(topology, num_groups, policy, threads, release_gil=release_gil)
+def _rebuild(arguments: tuple[Any, ...], settings: dict[str, Any]) -> Planner:
+    return Planner(*arguments, **settings)
+
+
+def _moves(max_moves: int | None) -> int | None:
+    return None if max_moves is None else as_count(max_moves, "max_moves", least=0)
+
+
+def _checked_budget(
+    iterations: int | None, time_limit_us: float | None
+) -> tuple[int | None, float | None]:
+    """What the native module takes as a budget: 32 bits of steps, or a time of a day at most."""
+    if iterations is not None:
+        if time_limit_us is not None:
+            raise InvalidInputError(
+                code="inconsistent",
+                argument="time_limit_us",
+                got=repr(time_limit_us),
+                expected="None where iterations are given",
+                hint="limit one of the two",
+            )
+        iterations = min(as_count(iterations, "iterations", least=0), _MOST_ITERATIONS)
+    if time_limit_us is not None:
+        try:
+            time_limit_us = float(time_limit_us)
+        except (TypeError, ValueError):
+            raise _wrong_type("time_limit_us", time_limit_us, "a number or None") from None
+        if not 0 < time_limit_us <= _LONGEST_US:
+            raise InvalidInputError(
+                code="out_of_range",
+                argument="time_limit_us",
+                got=repr(time_limit_us),
+                expected="above 0 and at most a day",
+            )
+    return iterations, time_limit_us
+
+
+_MOST_ITERATIONS = 2**31
+_LONGEST_US = 24 * 3600 * 1e6
 
 
 def _wrong_type(argument: str, got: object, expected: str, hint: str = "") -> InvalidInputError:

@@ -188,7 +188,7 @@ def test_help_and_version(run):
         (("--gpus", 32, "--replicas", 2**70), "--replicas"),
         (("--gpus", 2**40), "--replicas"),
         (("--gpus", 32, "--threads", 10**9), "--threads"),
-        (("--gpus", 32, "--policy", "best"), '--policy ("best") must be one of: deepseek'),
+        (("--gpus", 32, "--policy", "best"), '--policy ("best") must be one of: balanced'),
         (("--gpus", 32, "--windows", "9"), "--windows ('9') must be one of the file's 1 windows"),
         (("--gpus", 32, "--windows", "x\ny"), "--windows"),
         (("--gpus", 32, "--key", "a"), "--key ('a') must be a field of the file"),

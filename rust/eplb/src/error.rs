@@ -123,6 +123,23 @@ impl Error {
         }))
     }
 
+    /// Arguments that are fine one by one, but that no placement satisfies together.
+    pub fn infeasible(
+        code: Code,
+        argument: &'static str,
+        got: impl fmt::Display,
+        expected: impl Into<String>,
+        hint: impl Into<String>,
+    ) -> Self {
+        Self::Infeasible(Box::new(Refusal {
+            code,
+            argument,
+            got: got.to_string(),
+            expected: expected.into(),
+            hint: hint.into(),
+        }))
+    }
+
     /// The parts of this refusal.
     #[must_use]
     pub fn refusal(&self) -> &Refusal {

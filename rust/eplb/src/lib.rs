@@ -26,6 +26,7 @@
 //! | [`load`] | how many tokens each expert got |
 //! | [`placement`] | which expert each slot holds |
 //! | [`planner`] | a topology, a policy and their scratch, for planning in a loop |
+//! | [`transfer`] | who sends which expert to whom, in which round |
 //! | [`bound`] | how little the heaviest rank can carry, whatever the placement |
 //! | [`realtime`] | one layer planned in microseconds, from the load of this micro-batch |
 //! | [`split`] | how tokens are split over the replicas of a placement |
@@ -40,21 +41,27 @@ pub mod planner;
 pub mod realtime;
 pub mod split;
 pub mod topology;
+pub mod transfer;
 
+mod balance;
 mod deepseek;
 mod lanes;
+mod migrate;
 mod order;
 mod pack;
 mod trivial;
 
-pub use bound::lower_bound;
+pub use balance::Budget;
+pub use bound::{lower_bound, tight_lower_bound};
 pub use error::{Code, Error, Refusal, Result};
 pub use load::Load;
+pub use migrate::Milestone;
 pub use placement::{Placement, PlacementMut, Replica};
-pub use planner::{Planner, Policy};
+pub use planner::{GroupRule, Planner, Policy};
 pub use realtime::{Limits, Step, StepMut, StepPlanner};
 pub use split::{SharesMut, Splitter};
 pub use topology::Topology;
+pub use transfer::{Transfer, transfers};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

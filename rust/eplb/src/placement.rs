@@ -4,6 +4,9 @@ use crate::error::{Code, Error, Result, require_positive};
 use crate::load::Load;
 use crate::topology::Topology;
 
+/// In `phy2log`, stands for what the slot of a dead GPU holds: nothing.
+const EMPTY: i64 = -1;
+
 /// What one slot holds: a replica of an expert.
 ///
 /// The compact form in which policies write a layer: `num_slots` of these, by slot.
@@ -15,11 +18,19 @@ pub struct Replica {
     pub number: u32,
 }
 
+impl Replica {
+    /// What a slot holds that holds nothing, as on a dead GPU.
+    pub const NONE: Self = Self {
+        expert: u32::MAX,
+        number: 0,
+    };
+}
+
 /// The experts in the slots of every layer, in the three forms that engines read.
 ///
 /// Letters: L layers, E logical experts, R slots, X the largest number of replicas.
 ///
-/// - `phy2log` `[L, R]`: the expert in each slot.
+/// - `phy2log` `[L, R]`: the expert in each slot; -1 in the slots of a dead GPU.
 /// - `log2phy` `[L, E, X]`: the slots of each expert's replicas, by replica number; -1 pads.
 /// - `logcnt` `[L, E]`: how many replicas each expert has.
 ///
@@ -70,8 +81,9 @@ impl Placement {
         let mut listed = vec![false; num_slots];
         for (layer, ((phy2log, log2phy), logcnt)) in layers.enumerate() {
             listed.fill(false);
-            check_layer(layer, phy2log, log2phy, logcnt, &mut listed)?;
+            check_layer(&topology, layer, phy2log, log2phy, logcnt, &mut listed)?;
         }
+        check_dead_slots(&topology, &phy2log)?;
         let widest = logcnt.iter().max().copied().unwrap_or(0);
         if widest != max_replicas as i64 {
             return Err(Error::invalid(
@@ -109,6 +121,10 @@ impl Placement {
         for (layer, row) in phy2log.chunks_exact(num_slots).enumerate() {
             count.fill(0);
             for (slot, &expert) in row.iter().enumerate() {
+                if expert == EMPTY && topology.is_dead(topology.gpu_of(slot)) {
+                    replicas.push(Replica::NONE);
+                    continue;
+                }
                 let known = usize::try_from(expert)
                     .ok()
                     .and_then(|e| count.get_mut(e).map(|count| (e, count)));
@@ -125,6 +141,7 @@ impl Placement {
                 return Err(without_slot(layer, expert));
             }
         }
+        check_dead_slots(&topology, &phy2log)?;
         Self::from_replicas(topology, num_experts, &replicas)
     }
 
@@ -240,9 +257,9 @@ impl Placement {
             .zip(self.logcnt.chunks_exact(self.num_experts))
             .zip(load.layers())
         {
-            let share = |&expert: &i64| {
-                let expert = expert as usize;
-                f64::from(load[expert]) / logcnt[expert] as f64
+            let share = |&expert: &i64| match usize::try_from(expert) {
+                Ok(expert) => f64::from(load[expert]) / logcnt[expert] as f64,
+                Err(_) => 0.0,
             };
             ranks.extend((0..num_gpus).map(|gpu| {
                 let slots = &phy2log[self.topology.slots_of(gpu)];
@@ -263,6 +280,9 @@ impl Placement {
             seen_on.fill(usize::MAX);
             for gpu in 0..self.topology.num_gpus() {
                 for &expert in &phy2log[self.topology.slots_of(gpu)] {
+                    if expert == EMPTY {
+                        continue;
+                    }
                     let seen = &mut seen_on[expert as usize];
                     *duplicates += usize::from(*seen == gpu);
                     *seen = gpu;
@@ -347,6 +367,10 @@ fn write_layer(
     logcnt: &mut [i64],
 ) {
     for (slot, (replica, phy2log)) in replicas.iter().zip(phy2log).enumerate() {
+        if *replica == Replica::NONE {
+            *phy2log = EMPTY;
+            continue;
+        }
         let expert = replica.expert as usize;
         *phy2log = expert as i64;
         logcnt[expert] += 1;
@@ -382,6 +406,7 @@ fn reserve(argument: &'static str, got: usize, sizes: &[usize]) -> Result<Vec<i6
 
 /// Checks one layer; `listed` has a `false` for each slot.
 fn check_layer(
+    topology: &Topology,
     layer: usize,
     phy2log: &[i64],
     log2phy: &[i64],
@@ -391,6 +416,10 @@ fn check_layer(
     let num_experts = logcnt.len();
     let width = log2phy.len() / num_experts;
     for (slot, &expert) in phy2log.iter().enumerate() {
+        if expert == EMPTY && topology.is_dead(topology.gpu_of(slot)) {
+            listed[slot] = true;
+            continue;
+        }
         if usize::try_from(expert).map_or(true, |expert| expert >= num_experts) {
             return Err(no_such_expert(layer, slot, expert, num_experts));
         }
@@ -427,6 +456,29 @@ fn check_layer(
             "a list of every slot in `phy2log`",
             "",
         ));
+    }
+    Ok(())
+}
+
+/// Refuses experts on dead GPUs.
+fn check_dead_slots(topology: &Topology, phy2log: &[i64]) -> Result<()> {
+    if topology.is_even() {
+        return Ok(());
+    }
+    for (layer, row) in phy2log.chunks_exact(topology.num_slots()).enumerate() {
+        for gpu in (0..topology.num_gpus()).filter(|&gpu| topology.is_dead(gpu)) {
+            for slot in topology.slots_of(gpu) {
+                if row[slot] != EMPTY {
+                    return Err(Error::invalid(
+                        Code::OutOfRange,
+                        "phy2log",
+                        format!("{} at layer {layer}, slot {slot}", row[slot]),
+                        format!("-1, since GPU {gpu} is dead"),
+                        "",
+                    ));
+                }
+            }
+        }
     }
     Ok(())
 }

@@ -1,13 +1,15 @@
 //! The planner: a topology, a policy and the scratch they need, for those who replan in a loop.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::balance::{self, Budget};
 use crate::deepseek;
 use crate::error::{Code, Error, Result, require_groups, require_positive};
 use crate::load::Load;
+use crate::migrate::{self, Milestone};
 use crate::placement::{Placement, PlacementMut, Replica};
 use crate::topology::Topology;
 use crate::trivial;
@@ -21,18 +23,21 @@ pub const MAX_THREADS: usize = 256;
 pub enum Policy {
     /// DeepSeek's EPLB, exactly: greedy replication and packing, `f32` sums, stable sorts.
     DeepSeek,
+    /// Replica counts and packing improved together by local search.
+    Balanced,
     /// What engines start from: slot `i` holds expert `i mod num_experts`, whatever the load.
     Trivial,
 }
 
 impl Policy {
     /// All policies.
-    pub const ALL: [Self; 2] = [Self::DeepSeek, Self::Trivial];
+    pub const ALL: [Self; 3] = [Self::Balanced, Self::DeepSeek, Self::Trivial];
 
     /// The name it goes by in Python and on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Balanced => "balanced",
             Self::DeepSeek => "deepseek",
             Self::Trivial => "trivial",
         }
@@ -45,6 +50,37 @@ impl Policy {
     }
 }
 
+/// What [`Policy::Balanced`] makes of groups of experts. A model with one group has no rule.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum GroupRule {
+    /// All replicas of a group stay on one node.
+    #[default]
+    Strict,
+    /// Any expert may be anywhere.
+    Free,
+}
+
+impl GroupRule {
+    /// All rules.
+    pub const ALL: [Self; 2] = [Self::Strict, Self::Free];
+
+    /// The name it goes by in Python and on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Strict => "strict",
+            Self::Free => "free",
+        }
+    }
+
+    /// The rule of that name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|rule| rule.name() == name)
+    }
+}
+
 /// Plans placements on one topology. May be used from many threads at once; the answer is the
 /// same bytes on any number of threads.
 #[derive(Debug)]
@@ -52,6 +88,8 @@ pub struct Planner {
     topology: Topology,
     num_groups: usize,
     policy: Policy,
+    budget: Budget,
+    group_rule: GroupRule,
     num_threads: usize,
     threads: Option<ThreadPool>,
     /// Scratch of calls that have ended, for those to come.
@@ -62,6 +100,8 @@ pub struct Planner {
 struct Scratch {
     replicas: Vec<Replica>,
     deepseek: Vec<deepseek::Scratch>,
+    balance: Vec<balance::Scratch>,
+    migrate: migrate::Scratch,
 }
 
 impl Planner {
@@ -109,6 +149,8 @@ impl Planner {
             topology,
             num_groups,
             policy,
+            budget: Budget::DEFAULT,
+            group_rule: GroupRule::default(),
             num_threads,
             threads,
             idle: Mutex::default(),
@@ -139,13 +181,43 @@ impl Planner {
         self.num_threads
     }
 
+    /// The same planner with a budget for the search of [`Policy::Balanced`].
+    #[must_use]
+    pub fn with_budget(self, budget: Budget) -> Self {
+        Self { budget, ..self }
+    }
+
+    /// The same planner with a rule for groups under [`Policy::Balanced`].
+    #[must_use]
+    pub fn with_group_rule(self, group_rule: GroupRule) -> Self {
+        Self { group_rule, ..self }
+    }
+
+    /// How much its search may cost.
+    #[must_use]
+    pub fn budget(&self) -> Budget {
+        self.budget
+    }
+
+    /// What it makes of groups.
+    #[must_use]
+    pub fn group_rule(&self) -> GroupRule {
+        self.group_rule
+    }
+
     /// Whether its plans keep each group on one node. Under [`Policy::DeepSeek`] they do if groups
-    /// divide over nodes; otherwise groups and nodes are ignored.
+    /// divide over nodes; otherwise groups and nodes are ignored. Under [`Policy::Balanced`] the
+    /// [rule](GroupRule) says so.
     #[must_use]
     pub fn keeps_groups(&self) -> bool {
-        self.policy == Policy::DeepSeek
-            && self.topology.num_nodes() > 1
-            && deepseek::is_hierarchical(&self.topology, self.num_groups)
+        if self.topology.num_nodes() == 1 {
+            return false;
+        }
+        match self.policy {
+            Policy::Balanced => self.num_groups > 1 && self.group_rule == GroupRule::Strict,
+            Policy::DeepSeek => deepseek::is_hierarchical(&self.topology, self.num_groups),
+            Policy::Trivial => false,
+        }
     }
 
     /// Plans a placement for a load.
@@ -173,9 +245,7 @@ impl Planner {
     /// [`Code::TooSmall`] if there are fewer slots than experts, [`Code::NotDivisor`] if experts
     /// do not divide into groups, [`Code::TooLarge`] if the scratch does not fit in memory.
     pub fn draft(&self, load: &Load<'_>) -> Result<Draft<'_>> {
-        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        let scratch = idle.pop().unwrap_or_default();
-        drop(idle);
+        let scratch = self.take_scratch();
         let mut draft = Draft {
             planner: self,
             num_layers: load.num_layers(),
@@ -186,9 +256,88 @@ impl Planner {
         Ok(draft)
     }
 
+    /// Plans the best placement that is at most `max_moves` moves from the one in force; without a
+    /// limit, one as even as moves make it. A move is an expert that arrives on a rank that did not
+    /// hold it. Experts that stay on their rank keep their slot.
+    ///
+    /// Where GPUs have died or joined since, some moves cannot be avoided: an expert that lost its
+    /// last replica gets one, and slots that came free are filled. These are made even beyond
+    /// `max_moves`.
+    ///
+    /// # Errors
+    /// As [`draft`](Self::draft); [`Code::Inconsistent`] or [`Code::WrongShape`] for a previous
+    /// placement of other machines, layers or experts.
+    pub fn plan_from(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        max_moves: Option<usize>,
+    ) -> Result<Placement> {
+        let shape = self.balanced_shape(load.num_experts())?;
+        let mut scratch = self.take_scratch();
+        let result = self.migrate(&mut scratch, &shape, load, previous, max_moves);
+        self.idle_scratch().push(scratch);
+        result
+    }
+
+    fn migrate(
+        &self,
+        scratch: &mut Scratch,
+        shape: &balance::Shape,
+        load: &Load<'_>,
+        previous: &Placement,
+        max_moves: Option<usize>,
+    ) -> Result<Placement> {
+        let Scratch {
+            replicas, migrate, ..
+        } = scratch;
+        migrate.explore(
+            &self.topology,
+            shape,
+            self.budget,
+            load,
+            previous,
+            max_moves,
+        )?;
+        migrate.choose(max_moves);
+        replicas.clear();
+        replicas.resize(load.num_layers() * self.topology.num_slots(), Replica::NONE);
+        migrate.write(&self.topology, load, previous, replicas);
+        Placement::from_replicas(self.topology.clone(), load.num_experts(), replicas)
+    }
+
+    /// Balance against moves, from the placement in force: each milestone is the best for its
+    /// number of moves that the search has found, and [`plan_from`](Self::plan_from) with that
+    /// number leads there.
+    ///
+    /// # Errors
+    /// As [`plan_from`](Self::plan_from).
+    pub fn frontier(&self, load: &Load<'_>, previous: &Placement) -> Result<Vec<Milestone>> {
+        let shape = self.balanced_shape(load.num_experts())?;
+        let mut scratch = self.take_scratch();
+        let explored =
+            scratch
+                .migrate
+                .explore(&self.topology, &shape, self.budget, load, previous, None);
+        let frontier = explored.map(|()| scratch.migrate.frontier(&self.topology));
+        self.idle_scratch().push(scratch);
+        frontier
+    }
+
+    fn idle_scratch(&self) -> MutexGuard<'_, Vec<Scratch>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take_scratch(&self) -> Scratch {
+        self.idle_scratch().pop().unwrap_or_default()
+    }
+
     fn compute(&self, load: &Load<'_>, scratch: &mut Scratch) -> Result<()> {
         let num_slots = self.topology.num_slots();
-        let shape = deepseek::Shape::new(&self.topology, load.num_experts(), self.num_groups)?;
+        match self.policy {
+            Policy::Balanced => drop(self.balanced_shape(load.num_experts())?),
+            _ => drop(self.reference_shape(load.num_experts())?),
+        }
         let length = load.num_layers().checked_mul(num_slots);
         let more = length.map(|length| length.saturating_sub(scratch.replicas.len()));
         match more.map(|more| scratch.replicas.try_reserve_exact(more)) {
@@ -211,32 +360,85 @@ impl Planner {
                     trivial::plan_layer(load.num_experts(), layer);
                 }
             }
+            Policy::Balanced => {
+                let shape = self.balanced_shape(load.num_experts())?;
+                let plan =
+                    |loads: &[f32], slots: &mut [Replica], scratch: &mut balance::Scratch| {
+                        balance::plan_layers(
+                            &self.topology,
+                            &shape,
+                            self.budget,
+                            loads,
+                            slots,
+                            scratch,
+                        );
+                    };
+                let Scratch {
+                    replicas, balance, ..
+                } = scratch;
+                self.share_out(load, replicas, balance, plan);
+            }
             Policy::DeepSeek => {
-                let per_thread = load.num_layers().div_ceil(self.num_threads);
-                scratch
-                    .deepseek
-                    .resize_with(self.num_threads, Default::default);
-                let loads = load.values();
-                match &self.threads {
-                    None => deepseek::plan_layers(
-                        &shape,
-                        loads,
-                        &mut scratch.replicas,
-                        &mut scratch.deepseek[0],
-                    ),
-                    Some(threads) => threads.install(|| {
-                        loads
-                            .par_chunks(per_thread * load.num_experts())
-                            .zip(scratch.replicas.par_chunks_mut(per_thread * num_slots))
-                            .zip(&mut scratch.deepseek)
-                            .for_each(|((loads, replicas), scratch)| {
-                                deepseek::plan_layers(&shape, loads, replicas, scratch);
-                            });
-                    }),
-                }
+                let shape = self.reference_shape(load.num_experts())?;
+                let plan =
+                    |loads: &[f32], slots: &mut [Replica], scratch: &mut deepseek::Scratch| {
+                        deepseek::plan_layers(&shape, loads, slots, scratch);
+                    };
+                let Scratch {
+                    replicas, deepseek, ..
+                } = scratch;
+                self.share_out(load, replicas, deepseek, plan);
             }
         }
         Ok(())
+    }
+
+    /// Plans the layers on as many threads as there are, each with scratch of its own.
+    fn share_out<S: Default + Send>(
+        &self,
+        load: &Load<'_>,
+        replicas: &mut [Replica],
+        scratch: &mut Vec<S>,
+        plan: impl Fn(&[f32], &mut [Replica], &mut S) + Sync,
+    ) {
+        scratch.resize_with(self.num_threads, S::default);
+        let per_thread = load.num_layers().div_ceil(self.num_threads);
+        match &self.threads {
+            None => plan(load.values(), replicas, &mut scratch[0]),
+            Some(threads) => threads.install(|| {
+                let loads = load.values().par_chunks(per_thread * load.num_experts());
+                let slots = per_thread * self.topology.num_slots();
+                loads
+                    .zip(replicas.par_chunks_mut(slots))
+                    .zip(scratch)
+                    .for_each(|((loads, replicas), scratch)| plan(loads, replicas, scratch));
+            }),
+        }
+    }
+
+    fn balanced_shape(&self, num_experts: usize) -> Result<balance::Shape> {
+        let groups = if self.keeps_groups() {
+            self.num_groups
+        } else {
+            1
+        };
+        balance::Shape::new(&self.topology, num_experts, groups)
+    }
+
+    fn reference_shape(&self, num_experts: usize) -> Result<deepseek::Shape> {
+        if !self.topology.is_even() {
+            return Err(Error::invalid(
+                Code::Inconsistent,
+                "topology",
+                "GPUs of unequal slots or speed, or dead ones",
+                format!(
+                    "GPUs that are all alike for policy \"{}\"",
+                    self.policy.name()
+                ),
+                "policy \"balanced\" plans for any",
+            ));
+        }
+        deepseek::Shape::new(&self.topology, num_experts, self.num_groups)
     }
 }
 
@@ -277,9 +479,8 @@ impl Draft<'_> {
 
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
-        let idle = self.planner.idle.lock();
         let scratch = std::mem::take(&mut self.scratch);
-        idle.unwrap_or_else(PoisonError::into_inner).push(scratch);
+        self.planner.idle_scratch().push(scratch);
     }
 }
 

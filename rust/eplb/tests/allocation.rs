@@ -1,7 +1,7 @@
 //! A warm planner allocates nothing.
 #![expect(clippy::unwrap_used, reason = "tests may fail")]
 
-use eplb::{Load, PlacementMut, Planner, Policy, Topology};
+use eplb::{Budget, Load, PlacementMut, Planner, Policy, Topology};
 
 #[test]
 fn a_warm_planner_allocates_nothing() {
@@ -18,27 +18,34 @@ fn a_warm_planner_allocates_nothing() {
         (1, 8, 160, 1),
         (1, 600, 2, 1),
     ] {
-        let topology = Topology::new(nodes, gpus, slots).unwrap();
-        let width = topology.num_slots() - experts + 1;
-        let planner = Planner::new(topology, groups, Policy::DeepSeek, 1).unwrap();
-        let mut phy2log = vec![0; layers * planner.topology().num_slots()];
-        let mut log2phy = vec![0; layers * experts * width];
-        let mut logcnt = vec![0; layers * experts];
-        let mut plan = || {
-            let load = Load::new(&loads, layers, experts).unwrap();
-            let mut out = PlacementMut {
-                phy2log: &mut phy2log,
-                log2phy: Some(&mut log2phy),
-                logcnt: &mut logcnt,
+        for policy in [Policy::DeepSeek, Policy::Balanced] {
+            let topology = Topology::new(nodes, gpus, slots).unwrap();
+            let width = topology.num_slots() - experts + 1;
+            let planner = Planner::new(topology, groups, policy, 1).unwrap();
+            let planner = planner.with_budget(Budget::Iterations(100));
+            let mut phy2log = vec![0; layers * planner.topology().num_slots()];
+            let mut log2phy = vec![0; layers * experts * width];
+            let mut logcnt = vec![0; layers * experts];
+            let mut plan = || {
+                let load = Load::new(&loads, layers, experts).unwrap();
+                let mut out = PlacementMut {
+                    phy2log: &mut phy2log,
+                    log2phy: Some(&mut log2phy),
+                    logcnt: &mut logcnt,
+                };
+                planner.plan_into(&load, &mut out).unwrap();
             };
-            planner.plan_into(&load, &mut out).unwrap();
-        };
-        plan();
-        let counted = allocation_counter::measure(|| {
-            for _ in 0..10 {
-                plan();
-            }
-        });
-        assert_eq!((counted.count_total, counted.bytes_total), (0, 0));
+            plan();
+            let counted = allocation_counter::measure(|| {
+                for _ in 0..10 {
+                    plan();
+                }
+            });
+            assert_eq!(
+                (counted.count_total, counted.bytes_total),
+                (0, 0),
+                "{policy:?}"
+            );
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use eplb::{Load, PlacementMut, Policy};
+use eplb::{Budget, GroupRule, Load, PlacementMut, Policy};
 use numpy::ndarray::{Dimension, Ix2, Ix3};
 use numpy::{
     BorrowError, PyArray, PyArray1, PyArray2, PyArray3, PyArrayDescrMethods, PyArrayMethods,
@@ -44,6 +44,14 @@ pub(crate) struct Planner {
 #[pymethods]
 impl Planner {
     #[new]
+    #[pyo3(signature = (
+        topology, num_groups, policy, threads, release_gil,
+        group_rule="strict", iterations=None, time_limit_us=None,
+    ))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the settings of the Python class"
+    )]
     fn new(
         py: Python<'_>,
         topology: &Topology,
@@ -51,6 +59,9 @@ impl Planner {
         policy: &str,
         threads: &Bound<'_, PyAny>,
         release_gil: Option<bool>,
+        group_rule: &str,
+        iterations: Option<u32>,
+        time_limit_us: Option<f64>,
     ) -> PyResult<Self> {
         let known = Policy::from_name(policy).ok_or_else(|| {
             let names: Vec<_> = Policy::ALL.iter().map(|policy| policy.name()).collect();
@@ -64,6 +75,16 @@ impl Planner {
                 "",
             )
         })?;
+        let rule = GroupRule::from_name(group_rule).ok_or_else(|| {
+            let names: Vec<_> = GroupRule::ALL.iter().map(|rule| rule.name()).collect();
+            let expected = format!("one of: {}", names.join(", "));
+            invalid_input(py, "unknown", "group_rule", group_rule, &expected, "")
+        })?;
+        let budget = match (iterations, time_limit_us) {
+            (_, Some(us)) => Budget::Time(Duration::from_secs_f64(us / 1e6)),
+            (Some(steps), None) => Budget::Iterations(steps),
+            (None, None) => Budget::DEFAULT,
+        };
         let planner = eplb::Planner::new(
             topology.0.clone(),
             count(num_groups, "num_groups")?,
@@ -71,7 +92,10 @@ impl Planner {
             count(threads, "threads")?,
         );
         Ok(Self {
-            planner: planner.map_err(|error| plan_error(py, &error))?,
+            planner: planner
+                .map_err(|error| plan_error(py, &error))?
+                .with_group_rule(rule)
+                .with_budget(budget),
             release_gil,
             copies: Mutex::default(),
             native_ns: AtomicU64::new(0),
@@ -92,6 +116,27 @@ impl Planner {
     #[getter]
     fn policy(&self) -> &'static str {
         self.planner.policy().name()
+    }
+
+    #[getter]
+    fn group_rule(&self) -> &'static str {
+        self.planner.group_rule().name()
+    }
+
+    #[getter]
+    fn iterations(&self) -> Option<u32> {
+        match self.planner.budget() {
+            Budget::Iterations(steps) => Some(steps),
+            _ => None,
+        }
+    }
+
+    #[getter]
+    fn time_limit_us(&self) -> Option<f64> {
+        match self.planner.budget() {
+            Budget::Time(time) => Some(time.as_secs_f64() * 1e6),
+            _ => None,
+        }
     }
 
     #[getter]
@@ -122,6 +167,34 @@ impl Planner {
         let load = LoadArray::new(load)?;
         self.run(py, &load, |load| self.planner.plan(load))
             .map(Placement)
+    }
+
+    /// Plans the best placement within a number of moves of another.
+    fn plan_from(
+        &self,
+        py: Python<'_>,
+        load: &Bound<'_, PyArray2<f32>>,
+        previous: &Placement,
+        max_moves: Option<usize>,
+    ) -> PyResult<Placement> {
+        let load = LoadArray::new(load)?;
+        let plan = |load: &Load<'_>| self.planner.plan_from(load, &previous.0, max_moves);
+        self.run(py, &load, plan).map(Placement)
+    }
+
+    /// Moves and balance along the frontier from another placement.
+    fn frontier(
+        &self,
+        py: Python<'_>,
+        load: &Bound<'_, PyArray2<f32>>,
+        previous: &Placement,
+    ) -> PyResult<Vec<(usize, f64)>> {
+        let load = LoadArray::new(load)?;
+        let milestones = self.run(py, &load, |load| self.planner.frontier(load, &previous.0))?;
+        Ok(milestones
+            .into_iter()
+            .map(|stone| (stone.moves, stone.balance))
+            .collect())
     }
 
     /// Plans a load and hands out `phy2log`, `log2phy` and `logcnt` as arrays of their own.

@@ -3,6 +3,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::arguments::count;
 use crate::errors::plan_error;
@@ -21,17 +22,30 @@ pub(crate) struct Topology(pub(crate) eplb::Topology);
 #[pymethods]
 impl Topology {
     #[new]
+    #[pyo3(signature = (num_nodes, gpus_per_node, slots_per_gpu, *, slots=None, speeds=None, dead=None))]
     fn new(
         py: Python<'_>,
         num_nodes: &Bound<'_, PyAny>,
         gpus_per_node: &Bound<'_, PyAny>,
         slots_per_gpu: &Bound<'_, PyAny>,
+        slots: Option<Vec<usize>>,
+        speeds: Option<Vec<f64>>,
+        dead: Option<Vec<usize>>,
     ) -> PyResult<Self> {
-        let topology = eplb::Topology::new(
+        let mut topology = eplb::Topology::new(
             count(num_nodes, "num_nodes")?,
             count(gpus_per_node, "gpus_per_node")?,
             count(slots_per_gpu, "slots_per_gpu")?,
         );
+        if let Some(slots) = slots {
+            topology = topology.and_then(|topology| topology.with_slots(&slots));
+        }
+        if let Some(speeds) = speeds {
+            topology = topology.and_then(|topology| topology.with_speeds(&speeds));
+        }
+        if let Some(dead) = dead {
+            topology = topology.and_then(|topology| topology.with_dead(&dead));
+        }
         topology.map(Self).map_err(|error| plan_error(py, &error))
     }
 
@@ -54,6 +68,69 @@ impl Topology {
             count(num_gpus, "num_gpus")?,
         );
         topology.map(Self).map_err(|error| plan_error(py, &error))
+    }
+
+    /// The same machines with ``slots[gpu]`` expert slots on each GPU.
+    ///
+    /// Raises:
+    ///     InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
+    ///         ``not_positive`` or ``too_large`` for a number.
+    fn with_slots(&self, py: Python<'_>, slots: Vec<usize>) -> PyResult<Self> {
+        let topology = self.0.with_slots(&slots);
+        topology.map(Self).map_err(|error| plan_error(py, &error))
+    }
+
+    /// The same machines with GPUs of these speeds: how much load each serves in the same time, in
+    /// any unit.
+    ///
+    /// Raises:
+    ///     InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
+    ///         ``out_of_range`` for one that is not above zero, or if one is more than 1,000 times
+    ///         another.
+    fn with_speeds(&self, py: Python<'_>, speeds: Vec<f64>) -> PyResult<Self> {
+        let topology = self.0.with_speeds(&speeds);
+        topology.map(Self).map_err(|error| plan_error(py, &error))
+    }
+
+    /// The same machines when these GPUs, and no others, are dead. Their slots keep their numbers
+    /// and hold -1.
+    ///
+    /// Raises:
+    ///     InvalidInputError: ``out_of_range`` for a GPU that does not exist, ``too_small`` if none
+    ///         is left.
+    fn with_dead(&self, py: Python<'_>, dead: Vec<usize>) -> PyResult<Self> {
+        let topology = self.0.with_dead(&dead);
+        topology.map(Self).map_err(|error| plan_error(py, &error))
+    }
+
+    /// How many slots each GPU has, by GPU.
+    #[getter]
+    fn slots(&self) -> Vec<usize> {
+        (0..self.0.num_gpus())
+            .map(|gpu| self.0.slots_of(gpu).len())
+            .collect()
+    }
+
+    /// How fast each GPU is, by GPU.
+    #[getter]
+    fn speeds(&self) -> Vec<f64> {
+        (0..self.0.num_gpus())
+            .map(|gpu| self.0.speed(gpu))
+            .collect()
+    }
+
+    /// The GPUs that are dead.
+    #[getter]
+    fn dead(&self) -> Vec<usize> {
+        (0..self.0.num_gpus())
+            .filter(|&gpu| self.0.is_dead(gpu))
+            .collect()
+    }
+
+    /// Whether all GPUs have the same number of slots and the same speed, and none is dead.
+    #[getter]
+    fn is_even(&self) -> bool {
+        self.0.is_even()
     }
 
     /// How many nodes there are.
@@ -87,12 +164,26 @@ impl Topology {
     }
 
     fn __repr__(&self) -> String {
-        format!(
-            "Topology(num_nodes={}, gpus_per_node={}, slots_per_gpu={})",
+        let mut text = format!(
+            "Topology(num_nodes={}, gpus_per_node={}, slots_per_gpu={}",
             self.0.num_nodes(),
             self.0.gpus_per_node(),
             self.0.slots_per_gpu()
-        )
+        );
+        if self
+            .slots()
+            .iter()
+            .any(|&slots| slots != self.0.slots_per_gpu())
+        {
+            text += &format!(", slots={:?}", self.slots());
+        }
+        if self.speeds().iter().any(|&speed| speed != 1.0) {
+            text += &format!(", speeds={:?}", self.speeds());
+        }
+        if !self.dead().is_empty() {
+            text += &format!(", dead={:?}", self.dead());
+        }
+        text + ")"
     }
 
     fn __hash__(&self) -> u64 {
@@ -101,11 +192,21 @@ impl Topology {
         hasher.finish()
     }
 
-    fn __getnewargs__(&self) -> (usize, usize, usize) {
-        (
+    fn __getnewargs_ex__<'py>(
+        &self,
+        py: Python<'py>,
+    ) -> PyResult<((usize, usize, usize), Bound<'py, PyDict>)> {
+        let totals = (
             self.0.num_nodes(),
             self.0.gpus_per_node(),
             self.0.slots_per_gpu(),
-        )
+        );
+        let differences = PyDict::new(py);
+        if !self.0.is_even() {
+            differences.set_item("slots", self.slots())?;
+            differences.set_item("speeds", self.speeds())?;
+            differences.set_item("dead", self.dead())?;
+        }
+        Ok((totals, differences))
     }
 }

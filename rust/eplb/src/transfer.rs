@@ -1,0 +1,282 @@
+//! Who sends which expert to whom, and in which round.
+//!
+//! In a round each rank sends at most one expert and receives at most one. The fewest rounds are
+//! then as many as the busiest rank has to send or to receive, and that many always suffice:
+//! transfers are the edges of a bipartite graph of senders and receivers, rounds its colours.
+//!
+//! Source: D. König, "Über Graphen und ihre Anwendung auf Determinantentheorie und Mengenlehre",
+//! 1916; colours are exchanged along alternating paths.
+
+use crate::error::{Code, Error, Result};
+use crate::placement::Placement;
+
+/// One expert that has to get to a slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Transfer {
+    /// The layer.
+    pub layer: u32,
+    /// The expert.
+    pub expert: u32,
+    /// The slot it comes from, or `None` if no rank that is left holds it: then it has to be
+    /// loaded from storage.
+    pub source_slot: Option<u32>,
+    /// The rank of that slot. The target rank itself, for a copy on the rank.
+    pub source: Option<u32>,
+    /// The slot it goes to.
+    pub slot: u32,
+    /// The rank of that slot.
+    pub target: u32,
+    /// The round, from 0; `None` for what no other rank sends.
+    pub round: Option<u32>,
+}
+
+/// What has to be sent for `next` to take the place of `previous`: in the order of layers and
+/// slots, with rounds numbered through, or anew for each layer if `by_layer`.
+///
+/// Sources are chosen from the same rank, then the same node, then anywhere; of those, the rank
+/// that has least to send so far, ties to the lowest.
+///
+/// O(T (D + R)) for T transfers, D ranks and R rounds.
+///
+/// # Errors
+/// [`Code::Inconsistent`] if the placements have other slots, layers or experts.
+pub fn transfers(previous: &Placement, next: &Placement, by_layer: bool) -> Result<Vec<Transfer>> {
+    check_alike(previous, next)?;
+    let mut list = choose_sources(previous, next, by_layer);
+    let num_ranks = next.topology().num_gpus();
+    if by_layer {
+        for layer in list.chunk_by_mut(|a, b| a.layer == b.layer) {
+            assign_rounds(layer, num_ranks);
+        }
+    } else {
+        assign_rounds(&mut list, num_ranks);
+    }
+    Ok(list)
+}
+
+fn check_alike(previous: &Placement, next: &Placement) -> Result<()> {
+    let sizes = |placement: &Placement| {
+        let topology = placement.topology();
+        let slots = (0..topology.num_gpus()).map(|gpu| topology.slots_of(gpu));
+        (
+            placement.num_layers(),
+            placement.num_experts(),
+            slots.collect::<Vec<_>>(),
+        )
+    };
+    if sizes(previous) == sizes(next) {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        Code::Inconsistent,
+        "previous",
+        format!(
+            "{} layers of {} experts on {} slots",
+            previous.num_layers(),
+            previous.num_experts(),
+            previous.topology().num_slots()
+        ),
+        format!(
+            "of as many layers, experts and slots as the plan: {}, {}, {}",
+            next.num_layers(),
+            next.num_experts(),
+            next.topology().num_slots()
+        ),
+        "",
+    ))
+}
+
+fn choose_sources(previous: &Placement, next: &Placement, by_layer: bool) -> Vec<Transfer> {
+    let topology = next.topology();
+    let num_slots = topology.num_slots();
+    let gpu_of: Vec<usize> = (0..num_slots).map(|slot| topology.gpu_of(slot)).collect();
+    let mut sent = vec![0u32; topology.num_gpus()];
+    let mut list: Vec<Transfer> = Vec::new();
+    let width = previous.max_replicas();
+    let rows = previous
+        .phy2log()
+        .chunks_exact(num_slots)
+        .zip(next.phy2log().chunks_exact(num_slots));
+    let holders = previous
+        .log2phy()
+        .chunks_exact(previous.num_experts() * width);
+    for (layer, ((before, after), holders)) in rows.zip(holders).enumerate() {
+        if by_layer {
+            sent.fill(0);
+        }
+        for (slot, (&before, &after)) in before.iter().zip(after).enumerate() {
+            let Ok(expert) = usize::try_from(after) else {
+                continue;
+            };
+            if before == after {
+                continue;
+            }
+            let target = gpu_of[slot];
+            let node = topology.node_of(target);
+            let source = holders[expert * width..(expert + 1) * width]
+                .iter()
+                .filter_map(|&slot| usize::try_from(slot).ok())
+                .filter(|&slot| !topology.is_dead(gpu_of[slot]))
+                .min_by_key(|&slot| {
+                    let gpu = gpu_of[slot];
+                    let near = (gpu != target, topology.node_of(gpu) != node);
+                    (near, sent[gpu], gpu, slot)
+                });
+            if let Some(source) = source
+                && gpu_of[source] != target
+            {
+                sent[gpu_of[source]] += 1;
+            }
+            list.push(Transfer {
+                layer: layer as u32,
+                expert: expert as u32,
+                source_slot: source.map(|slot| slot as u32),
+                source: source.map(|slot| gpu_of[slot] as u32),
+                slot: slot as u32,
+                target: target as u32,
+                round: None,
+            });
+        }
+    }
+    list
+}
+
+/// Colours the transfers between ranks, with as few colours as the busiest rank has transfers.
+fn assign_rounds(list: &mut [Transfer], num_ranks: usize) {
+    // Senders come first, then receivers.
+    let ends = |transfer: &Transfer| {
+        let source = transfer
+            .source
+            .filter(|&source| source != transfer.target)?;
+        Some((source as usize, num_ranks + transfer.target as usize))
+    };
+    let mut degree = vec![0usize; 2 * num_ranks];
+    for (sender, receiver) in list.iter().filter_map(ends) {
+        degree[sender] += 1;
+        degree[receiver] += 1;
+    }
+    let num_rounds = degree.iter().copied().max().unwrap_or(0);
+    // The transfer of each end in each round.
+    const NONE: u32 = u32::MAX;
+    let mut path = Vec::new();
+    let mut at = vec![NONE; 2 * num_ranks * num_rounds];
+    for index in 0..list.len() {
+        let Some((sender, receiver)) = ends(&list[index]) else {
+            continue;
+        };
+        let free = |end: usize, at: &[u32]| {
+            let rounds = &at[end * num_rounds..(end + 1) * num_rounds];
+            rounds
+                .iter()
+                .position(|&transfer| transfer == NONE)
+                .unwrap_or(0)
+        };
+        let (ours, theirs) = (free(sender, &at), free(receiver, &at));
+        // The receiver may be busy in our round. On the path of transfers that starts there, in
+        // rounds `ours` and `theirs` in turn, each takes the other round. The path cannot reach the
+        // sender, where it would have to arrive in round `ours`.
+        path.clear();
+        let (mut end, mut round) = (receiver, ours);
+        while ours != theirs && at[end * num_rounds + round] != NONE {
+            let found = at[end * num_rounds + round];
+            path.push(found);
+            let Some((a, b)) = ends(&list[found as usize]) else {
+                break;
+            };
+            end = if a == end { b } else { a };
+            round = if round == ours { theirs } else { ours };
+        }
+        for &found in &path {
+            if let Some((a, b)) = ends(&list[found as usize]) {
+                for end in [a, b] {
+                    for round in [ours, theirs] {
+                        let entry = &mut at[end * num_rounds + round];
+                        *entry = if *entry == found { NONE } else { *entry };
+                    }
+                }
+            }
+        }
+        for &found in &path {
+            let transfer = &mut list[found as usize];
+            let round = if transfer.round == Some(ours as u32) {
+                theirs
+            } else {
+                ours
+            };
+            transfer.round = Some(round as u32);
+            if let Some((a, b)) = ends(transfer) {
+                at[a * num_rounds + round] = found;
+                at[b * num_rounds + round] = found;
+            }
+        }
+        list[index].round = Some(ours as u32);
+        at[sender * num_rounds + ours] = index as u32;
+        at[receiver * num_rounds + ours] = index as u32;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test may fail")]
+    use super::*;
+    use crate::topology::Topology;
+    use proptest::prelude::*;
+
+    fn placement(phy2log: Vec<i64>) -> Placement {
+        Placement::from_phy2log(Topology::new(2, 4, 4).unwrap(), 16, phy2log).unwrap()
+    }
+
+    prop_compose! {
+        fn any_placement()(
+            layers in prop::collection::vec(
+                (
+                    Just((0..16).collect::<Vec<i64>>()).prop_shuffle(),
+                    prop::collection::vec(0i64..16, 16),
+                ),
+                3,
+            )
+        ) -> Placement {
+            placement(layers.into_iter().flat_map(|(a, b)| a.into_iter().chain(b)).collect())
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn rounds_are_as_few_as_the_busiest_rank_allows(
+            previous in any_placement(),
+            next in any_placement(),
+            by_layer: bool,
+        ) {
+            let list = transfers(&previous, &next, by_layer).unwrap();
+            for layer in 0..3 {
+                let of_layer = |transfer: &&Transfer| !by_layer || transfer.layer == layer;
+                let sent: Vec<_> = list.iter().filter(of_layer).filter(|t| t.round.is_some()).collect();
+                let mut degree = [0u32; 16];
+                let mut seen = std::collections::HashSet::new();
+                for transfer in &sent {
+                    degree[transfer.source.unwrap() as usize] += 1;
+                    degree[8 + transfer.target as usize] += 1;
+                    prop_assert!(seen.insert((transfer.round, "sends", transfer.source.unwrap())));
+                    prop_assert!(seen.insert((transfer.round, "receives", transfer.target)));
+                }
+                let rounds = sent.iter().map(|t| t.round.unwrap() + 1).max().unwrap_or(0);
+                prop_assert_eq!(rounds, degree.into_iter().max().unwrap());
+            }
+        }
+
+        #[test]
+        fn every_new_expert_comes_from_where_it_is(
+            previous in any_placement(),
+            next in any_placement(),
+        ) {
+            let mut slots = previous.phy2log().to_vec();
+            for transfer in transfers(&previous, &next, true).unwrap() {
+                let first = transfer.layer as usize * 32;
+                let source = transfer.source_slot.unwrap() as usize;
+                prop_assert_eq!(previous.phy2log()[first + source], i64::from(transfer.expert));
+                slots[first + transfer.slot as usize] = i64::from(transfer.expert);
+            }
+            prop_assert_eq!(&slots[..], next.phy2log());
+        }
+    }
+}

@@ -1,0 +1,78 @@
+"""Ranks that die and ranks that join."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from eplb_rs import InfeasibleError, Plan, Planner, Topology
+from placements import arrivals, check
+
+LOAD = np.round(np.random.default_rng(0).lognormal(0, 1, (8, 256)) * 1000)
+ALL = Topology(4, 8, 9)
+
+
+@pytest.fixture(scope="module")
+def previous() -> Plan:
+    return Planner(ALL, policy="balanced").plan(LOAD)
+
+
+def orphans(previous: Plan, topology: Topology) -> int:
+    """How many experts have no replica left."""
+    alive = np.ones((32, 9), dtype=bool)
+    alive[topology.dead] = False
+    rows = previous.phy2log[:, alive.ravel()]
+    return sum(256 - len(set(row.tolist())) for row in rows)
+
+
+@pytest.mark.parametrize("dead", [[0], [17], [31]])
+def test_a_rank_dies(previous: Plan, dead: list[int]) -> None:
+    topology = ALL.with_dead(dead)
+    planner = Planner(topology, policy="balanced")
+    least = planner.plan(LOAD, previous=previous, max_moves=0)
+    check(least)
+    assert arrivals(least, previous) == orphans(previous, topology)
+    plan = planner.plan(LOAD, previous=previous)
+    check(plan)
+    assert plan.balance >= 0.99 * planner.plan(LOAD).balance
+
+
+def test_a_rank_joins(previous: Plan) -> None:
+    without = Planner(ALL.with_dead([5]), policy="balanced").plan(LOAD)
+    plan = Planner(ALL, policy="balanced").plan(LOAD, previous=without)
+    check(plan)
+    assert plan.balance >= 0.999
+    fewest = Planner(ALL, policy="balanced").plan(LOAD, previous=without, max_moves=0)
+    check(fewest)
+    assert arrivals(fewest, without) == 8 * 9
+
+
+def test_a_node_dies() -> None:
+    topology = Topology(4, 8, 11)
+    previous = Planner(topology, policy="balanced").plan(LOAD)
+    planner = Planner(topology.with_dead(range(8, 16)), policy="balanced")
+    plan = planner.plan(LOAD, previous=previous)
+    check(plan)
+    assert plan.balance >= 0.99 * planner.plan(LOAD).balance
+
+
+def test_too_few_slots_are_named(previous: Plan) -> None:
+    planner = Planner(ALL.with_dead(range(8)), policy="balanced")
+    for arguments in ({}, {"previous": previous}):
+        with pytest.raises(InfeasibleError, match="40 slots are missing"):
+            planner.plan(LOAD, **arguments)  # type: ignore[arg-type]
+
+
+def test_slow_ranks_get_less() -> None:
+    speeds = [0.5 if gpu % 4 == 0 else 1.0 for gpu in range(32)]
+    plan = Planner(ALL.with_speeds(speeds), policy="balanced").plan(LOAD)
+    check(plan)
+    assert plan.balance >= 0.999
+    slow = plan.rank_load[:, ::4].mean()
+    assert slow == pytest.approx(0.5 * plan.rank_load[:, 1::4].mean(), rel=0.01)
+
+
+def test_ranks_may_have_different_numbers_of_slots() -> None:
+    slots = [12 if gpu < 8 else 8 for gpu in range(32)]
+    plan = Planner(ALL.with_slots(slots), policy="balanced").plan(LOAD)
+    check(plan)
+    assert plan.balance >= 0.999
