@@ -19,7 +19,7 @@ use crate::topology::Topology;
 /// O(layers x slots x log experts): 0.3 ms for 58 x 256 on 288 slots.
 ///
 /// # Errors
-/// [`Code::TooSmall`](crate::Code::TooSmall) if there are fewer slots than experts.
+/// [`Code::TooSmall`] if there are fewer slots than experts.
 pub fn lower_bound(load: &Load<'_>, topology: &Topology) -> Result<Vec<f64>> {
     check_slots(load.num_experts(), topology)?;
     let mut heap = BinaryHeap::with_capacity(load.num_experts());
