@@ -23,6 +23,11 @@ def test_random_input_is_answered_or_refused() -> None:
         assert len(outcomes) > 8, name
 
 
+@pytest.mark.slow
+def test_a_million_random_inputs_are_answered_or_refused() -> None:
+    assert fuzz.run(count=1_000_000, seed=0).cases == 1_000_000
+
+
 def test_a_case_can_be_run_again_alone() -> None:
     whole, alone = fuzz.Summary(), fuzz.Summary()
     for index in range(200):
