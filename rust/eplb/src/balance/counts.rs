@@ -1,7 +1,6 @@
 //! How many replicas each expert gets, before any search.
 
 /// What each of `count` replicas carries, to the nearest integer.
-#[inline(always)]
 pub(crate) fn share(weight: i32, count: u32) -> i32 {
     ((weight as u32 + count / 2) / count) as i32
 }
@@ -11,7 +10,6 @@ pub(crate) fn share(weight: i32, count: u32) -> i32 {
 ///
 /// Only the first experts ever get more, since the largest share is either that of the first
 /// expert not replicated yet or that of one replicated before.
-#[inline(always)]
 pub(crate) fn greedy(
     weight: &[i32],
     num_slots: usize,
@@ -48,7 +46,6 @@ pub(crate) fn greedy(
 
 /// Lists the share and the number of each expert, largest share first, ties to the lowest number.
 /// Weights are in descending order, so that only the replicated ones need sorting.
-#[inline(always)]
 pub(crate) fn list(
     weight: &[i32],
     count: &[u32],

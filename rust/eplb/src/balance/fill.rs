@@ -4,7 +4,6 @@ use std::cmp::Reverse;
 
 use super::part::Part;
 use super::ranks::Ranks;
-use super::rows::LANES;
 
 /// Scratch of [`fill`].
 #[derive(Debug, Default)]
@@ -22,7 +21,6 @@ pub(crate) struct Scratch {
 /// Places `count[expert]` replicas of each expert, in the order of `items`: shares and experts,
 /// heaviest first. No rank gets an expert twice if `count` is at most the number of ranks that
 /// have a slot and the ranks have equally many.
-#[inline(always)]
 pub(crate) fn fill(
     ranks: &mut Ranks,
     part: &Part,
@@ -39,7 +37,10 @@ pub(crate) fn fill(
 }
 
 /// Returns whether every replica found a place.
-#[inline(always)]
+#[multiversion::multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
+    "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
+))]
 fn place_by_load(
     ranks: &mut Ranks,
     part: &Part,
@@ -50,7 +51,7 @@ fn place_by_load(
     let Scratch { open, closed, .. } = scratch;
     let keys = Keys::new(part.num_ranks());
     open.clear();
-    open.resize(part.num_ranks().next_multiple_of(LANES), i32::MAX);
+    open.resize(part.num_ranks().next_multiple_of(16), i32::MAX);
     for (rank, (open, &slots)) in open.iter_mut().zip(&part.slots_of).enumerate() {
         *open = if slots > 0 {
             keys.of(0, rank)
@@ -109,12 +110,10 @@ impl Keys {
         }
     }
 
-    #[inline(always)]
     fn of(self, load: i32, rank: usize) -> i32 {
         (load & !self.low) | rank as i32
     }
 
-    #[inline(always)]
     fn rank(self, key: i32) -> usize {
         (key & self.low) as usize
     }
@@ -129,7 +128,6 @@ fn lightest_after(ranks: &Ranks, part: &Part, open: &[i32], share: i32) -> Optio
 
 /// Puts an expert on a full rank that lacks it, and one replica of that rank on a rank that has
 /// room and, by then, the expert. Where ranks have equally many slots there is always one.
-#[inline(always)]
 fn make_room(ranks: &mut Ranks, expert: usize, share: i32, closed: &mut Vec<usize>) -> bool {
     for index in 0..closed.len() {
         let roomy = closed[index];

@@ -20,21 +20,23 @@ mod random;
 mod ranks;
 mod rows;
 mod search;
+mod starts;
+mod swaps;
 
 use std::time::Instant;
-
-use multiversion::multiversion;
 
 pub use fuel::Budget;
 pub(crate) use moves::Walks;
 
 use crate::error::{Code, Error, Result, require_multiple};
+use crate::lanes::LANES;
 use crate::placement::Replica;
 use crate::planner::check_slots;
 use crate::topology::Topology;
 use fuel::Fuel;
 use part::Part;
 use ranks::Ranks;
+use starts::Starts;
 
 /// Scratch of the policy, kept between calls: nothing is allocated once it is warm.
 #[derive(Debug, Default)]
@@ -45,9 +47,10 @@ pub(crate) struct Scratch {
     items: Vec<(i32, u32)>,
     ranks: Ranks,
     best: Ranks,
+    starts: Starts,
     fill: fill::Scratch,
     folds: fold::Scratch,
-    search: ranks::Scratch,
+    search: swaps::Scratch,
     numbers: Vec<u32>,
     group_load: Vec<f64>,
     nodes: Vec<groups::Node>,
@@ -132,10 +135,6 @@ fn node_slots(topology: &Topology, node: usize) -> usize {
 }
 
 /// Plans layers: `[layers, num_experts]` loads to `[layers, num_slots]` replicas by slot.
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
-    "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
-))]
 pub(crate) fn plan_layers(
     topology: &Topology,
     shape: &Shape,
@@ -147,6 +146,7 @@ pub(crate) fn plan_layers(
     let num_slots = topology.num_slots();
     let num_layers = loads.len() / shape.num_experts;
     let start = Instant::now();
+    let side_by_side = !shape.keeps_groups() && Starts::serve(topology);
     let layers = loads
         .chunks_exact(shape.num_experts)
         .zip(replicas.chunks_exact_mut(num_slots));
@@ -170,6 +170,15 @@ pub(crate) fn plan_layers(
                 scratch.solve(&mut fuel);
                 scratch.write(topology, slots);
             }
+        } else if side_by_side {
+            let lane = layer % LANES;
+            if lane == 0 {
+                let block = &loads[layer * shape.num_experts..];
+                let block = &block[..block.len().min(LANES * shape.num_experts)];
+                scratch.starts.make(topology, block, shape.num_experts);
+            }
+            scratch.improve_start(lane, &mut fuel);
+            scratch.write(topology, slots);
         } else {
             scratch.part.set_ranks(topology.live_gpus());
             scratch.part.set_experts(0..shape.num_experts as u32, load);
@@ -213,7 +222,6 @@ impl Scratch {
     }
 
     /// Places the experts of the part on its ranks.
-    #[inline(always)]
     fn solve(&mut self, fuel: &mut Fuel) {
         let Self {
             part,
@@ -252,8 +260,24 @@ impl Scratch {
         }
     }
 
+    /// Improves one of the first placements that were made side by side.
+    fn improve_start(&mut self, lane: usize, fuel: &mut Fuel) {
+        let Self {
+            part,
+            ranks,
+            best,
+            starts,
+            fill,
+            search,
+            ..
+        } = self;
+        if let Err((count, items)) = starts.take(lane, part, ranks) {
+            fill::fill(ranks, part, items, count, fill);
+        }
+        search::improve(ranks, part, fuel, best, search);
+    }
+
     /// Writes what each slot of the part's ranks holds.
-    #[inline(always)]
     fn write(&mut self, topology: &Topology, slots: &mut [Replica]) {
         for rank in 0..self.ranks.num_ranks() {
             let gpu = self.part.ranks[rank] as usize;
@@ -272,17 +296,13 @@ impl Scratch {
     }
 }
 
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
-    "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
-))]
 fn explore_walks(
     part: &Part,
     home: &Ranks,
     likely: Option<u32>,
     fuel: &mut Fuel,
     ranks: &mut Ranks,
-    search: &mut ranks::Scratch,
+    search: &mut swaps::Scratch,
     walks: &mut Walks,
 ) {
     walks.explore(part, home, likely, fuel, ranks, search);

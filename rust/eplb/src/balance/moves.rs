@@ -10,7 +10,8 @@
 use super::counts::share;
 use super::fuel::Fuel;
 use super::part::Part;
-use super::ranks::{Ranks, Scratch as Search, Swap};
+use super::ranks::{Ranks, Swap};
+use super::swaps::Scratch as Search;
 
 /// How far above the mean the levels are that are aimed at.
 const LEVELS: [f64; 8] = [0.05, 0.03, 0.018, 0.011, 0.007, 0.004, 0.002, 0.0003];
@@ -195,9 +196,10 @@ fn best_step(
                 .as_ref()
                 .is_none_or(|&(g, m, _)| worth(gain, moves) > worth(g, m))
     };
+    search.order.sort(ranks);
     let swap = ranks
         .shed_by_return(heavy, target, home)
-        .or_else(|| ranks.shed(heavy, target, search))
+        .or_else(|| ranks.shed(heavy, target, &search.order))
         .or_else(|| ranks.best_swap(heavy, search));
     if let Some(swap) = swap {
         let light = swap.light.0;

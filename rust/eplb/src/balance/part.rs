@@ -42,7 +42,6 @@ impl Part {
     }
 
     /// Takes the experts, by number, and their loads.
-    #[inline(always)]
     pub(crate) fn set_experts(&mut self, experts: impl Iterator<Item = u32>, load: &[f32]) {
         self.keys.clear();
         // Loads that are not negative are in the order of their bits; ties go to the lower index.
@@ -51,18 +50,21 @@ impl Part {
             u64::from(!bits) << 32 | u64::from(expert)
         }));
         self.keys.sort_unstable();
+        let keys = std::mem::take(&mut self.keys);
+        self.set_sorted(keys.iter().map(|&key| key as u32), load);
+        self.keys = keys;
+    }
+
+    /// Takes the experts, by number, heaviest first, and their loads.
+    pub(crate) fn set_sorted(&mut self, experts: impl Iterator<Item = u32>, load: &[f32]) {
         self.experts.clear();
-        self.experts.extend(self.keys.iter().map(|&key| key as u32));
-        let mut total = 0.0;
-        for &expert in &self.experts {
-            total += f64::from(load[expert as usize]);
-        }
+        self.experts.extend(experts);
+        let loads = self.experts.iter().map(|&expert| load[expert as usize]);
+        let total: f64 = loads.clone().map(f64::from).sum();
         let scale = if total > 0.0 { TOTAL / total } else { 0.0 };
         self.weight.clear();
-        for &expert in &self.experts {
-            self.weight
-                .push((f64::from(load[expert as usize]) * scale).round() as i32);
-        }
+        self.weight
+            .extend(loads.map(|load| (f64::from(load) * scale + 0.5) as i32));
     }
 
     pub(crate) fn num_ranks(&self) -> usize {

@@ -2,6 +2,7 @@
 
 use super::part::{self, Part};
 use super::rows::{self, LANES};
+use super::swaps::Order;
 
 /// All loads of a layer together come to at most this.
 pub(crate) const WHOLE: i32 = 1 << 29;
@@ -9,10 +10,7 @@ pub(crate) const WHOLE: i32 = 1 << 29;
 /// The share of a site that no search picks: one without a replica, or one that may not be
 /// exchanged. It is further from any sum of shares than half of what any two ranks differ by, so
 /// that an exchange for it never pays; and it and that half still fit an `i32`.
-const BARRED: i32 = WHOLE + WHOLE / 2;
-
-/// The load of lanes beyond the last rank.
-const NO_RANK: i32 = -1;
+pub(crate) const BARRED: i32 = WHOLE + WHOLE / 2;
 
 /// Stands in a site that holds no replica.
 const NOBODY: u32 = u32::MAX;
@@ -20,14 +18,12 @@ const NOBODY: u32 = u32::MAX;
 /// Which experts each rank holds, and how much that makes it carry.
 ///
 /// Loads are integers, at most [`WHOLE`] in all, so that sums are exact and order does not matter.
-/// A *site* is one slot of one rank; the first slots of all ranks come first, then the second.
+/// A *site* is one slot of one rank; the slots of a rank are a row of whole vectors.
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Ranks {
     num_ranks: usize,
-    /// From one slot of a rank to its next.
-    stride: usize,
-    /// The most slots of any rank.
-    num_slots: usize,
+    /// How many sites the row of a rank has: the most slots of any, and padding.
+    width: usize,
     /// How many slots each rank has.
     slots_of: Vec<u32>,
     /// How many of them are filled, from the first.
@@ -56,38 +52,21 @@ pub(crate) struct Swap {
     pub(crate) light: (usize, usize),
 }
 
-/// Scratch of the searches.
-#[derive(Debug, Default)]
-pub(crate) struct Scratch {
-    /// Half of what the heavy rank carries more than each.
-    half: Vec<i32>,
-    /// One slot's shares, and that half.
-    goal: Vec<i32>,
-    /// How far the best exchange with each rank is from evening out.
-    miss: Vec<i32>,
-    /// Replicas, or pairs of them, of the heavy and the light rank: their shares and slots.
-    ours: Vec<i32>,
-    our_slots: Vec<(u32, u32)>,
-    theirs: Vec<i32>,
-    their_slots: Vec<(u32, u32)>,
-}
-
 impl Ranks {
     /// Empties the table, for the ranks of a part.
     #[inline(always)]
     pub(crate) fn reset(&mut self, part: &Part, num_experts: usize) {
         let slots_of = &part.slots_of;
         self.num_ranks = slots_of.len();
-        self.stride = self.num_ranks.next_multiple_of(LANES);
-        self.num_slots = slots_of.iter().copied().max().unwrap_or(0) as usize;
+        let most = slots_of.iter().copied().max().unwrap_or(0) as usize;
+        self.width = most.next_multiple_of(LANES);
         self.num_words = self.num_ranks.div_ceil(64);
         self.slots_of.clear();
         self.slots_of.extend_from_slice(slots_of);
         renew(&mut self.filled, self.num_ranks, 0);
-        renew(&mut self.share, self.num_slots * self.stride, BARRED);
-        renew(&mut self.expert, self.num_slots * self.stride, NOBODY);
-        renew(&mut self.load, self.stride, NO_RANK);
-        self.load[..self.num_ranks].fill(0);
+        renew(&mut self.share, self.num_ranks * self.width, BARRED);
+        renew(&mut self.expert, self.num_ranks * self.width, NOBODY);
+        renew(&mut self.load, self.num_ranks, 0);
         renew(&mut self.hosts, num_experts * self.num_words, 0);
         renew(&mut self.count, num_experts, 0);
         self.slowness.clear();
@@ -111,8 +90,7 @@ impl Ranks {
     #[inline(always)]
     pub(crate) fn copy_from(&mut self, other: &Self) {
         self.num_ranks = other.num_ranks;
-        self.stride = other.stride;
-        self.num_slots = other.num_slots;
+        self.width = other.width;
         self.num_words = other.num_words;
         self.slots_of.clone_from(&other.slots_of);
         self.filled.clone_from(&other.filled);
@@ -127,6 +105,33 @@ impl Ranks {
 
     pub(crate) fn num_ranks(&self) -> usize {
         self.num_ranks
+    }
+
+    pub(crate) fn num_experts(&self) -> usize {
+        self.count.len()
+    }
+
+    /// How many words of bits the ranks take.
+    pub(crate) fn num_words(&self) -> usize {
+        self.num_words
+    }
+
+    /// How many sites the row of a rank has.
+    #[inline(always)]
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The experts of a rank, and what pads them.
+    #[inline(always)]
+    pub(crate) fn experts_in_row(&self, rank: usize) -> &[u32] {
+        &self.expert[rank * self.width..][..self.width]
+    }
+
+    /// Bits of the ranks that hold an expert.
+    #[inline(always)]
+    pub(crate) fn hosts_of(&self, expert: usize) -> &[u64] {
+        &self.hosts[expert * self.num_words..][..self.num_words]
     }
 
     /// The experts of a rank, by slot.
@@ -156,13 +161,16 @@ impl Ranks {
     /// The rank that takes longest, and how long: its load, where all are equally fast.
     #[inline(always)]
     pub(crate) fn heaviest(&self) -> (usize, i32) {
-        if self.slowness.is_empty() {
-            return rows::argmax(&self.load);
-        }
         (0..self.num_ranks)
             .map(|rank| (rank, self.time(rank, self.load[rank])))
             .max_by_key(|&(rank, time)| (time, std::cmp::Reverse(rank)))
             .unwrap_or_default()
+    }
+
+    /// Whether all ranks are equally fast.
+    #[inline(always)]
+    pub(crate) fn is_even(&self) -> bool {
+        self.slowness.is_empty()
     }
 
     /// How long a rank takes for a load.
@@ -175,7 +183,7 @@ impl Ranks {
 
     /// The load that a rank should hand to another for both to take equally long.
     #[inline(always)]
-    fn half(&self, heavy: usize, light: usize) -> i32 {
+    pub(crate) fn half(&self, heavy: usize, light: usize) -> i32 {
         let (heavy_load, light_load) = (self.load[heavy], self.load[light]);
         match (self.slowness.get(heavy), self.slowness.get(light)) {
             (Some(&of_heavy), Some(&of_light)) => {
@@ -188,7 +196,7 @@ impl Ranks {
 
     /// At most what the slower of two ranks takes after an exchange that misses `half` by so much.
     #[inline(always)]
-    fn level(&self, heavy: usize, light: usize, half: i32, miss: i32) -> i32 {
+    pub(crate) fn level(&self, heavy: usize, light: usize, half: i32, miss: i32) -> i32 {
         let even = self.load[heavy] - half;
         match (self.slowness.get(heavy), self.slowness.get(light)) {
             (Some(&of_heavy), Some(&of_light)) => part::scaled(even, of_heavy)
@@ -200,7 +208,19 @@ impl Ranks {
 
     #[inline(always)]
     fn site(&self, slot: usize, rank: usize) -> usize {
-        slot * self.stride + rank
+        rank * self.width + slot
+    }
+
+    /// The shares of a rank, by slot.
+    #[inline(always)]
+    pub(crate) fn shares_of(&self, rank: usize) -> &[i32] {
+        &self.share[rank * self.width..][..self.filled[rank] as usize]
+    }
+
+    /// The shares of a rank, and what pads them.
+    #[inline(always)]
+    pub(crate) fn row(&self, rank: usize) -> &[i32] {
+        &self.share[rank * self.width..][..self.width]
     }
 
     #[inline(always)]
@@ -209,7 +229,7 @@ impl Ranks {
     }
 
     #[inline(always)]
-    fn each_host(&self, expert: usize, mut visit: impl FnMut(usize)) {
+    pub(crate) fn each_host(&self, expert: usize, mut visit: impl FnMut(usize)) {
         let words = &self.hosts[expert * self.num_words..(expert + 1) * self.num_words];
         for (index, &word) in words.iter().enumerate() {
             let mut word = word;
@@ -447,118 +467,33 @@ impl Ranks {
         }
     }
 
-    /// The exchange of one replica of the heaviest rank for one of another that leaves the
-    /// heavier of the two lightest, if that is lighter than the rank is now.
-    ///
-    /// Moving a share of `x` from a rank of load `H` for one of `y` from a rank of load `P` leaves
-    /// at most `(H + P) / 2 + |x - y - (H - P) / 2|`, rounded up.
-    #[inline(always)]
-    pub(crate) fn best_swap(&self, heavy: usize, scratch: &mut Scratch) -> Option<Swap> {
-        let level = self.time(heavy, self.load[heavy]);
-        let even = self.slowness.is_empty();
-        scratch.ours.clear();
-        for slot in 0..self.filled[heavy] as usize {
-            scratch.ours.push(self.share[self.site(slot, heavy)]);
-        }
-        scratch.half.resize(self.stride, 0);
-        if even {
-            for (half, &load) in scratch.half.iter_mut().zip(&self.load) {
-                *half = (level - load) >> 1;
-            }
-        } else {
-            for (light, half) in scratch.half[..self.num_ranks].iter_mut().enumerate() {
-                *half = self.half(heavy, light);
-            }
-        }
-        renew(&mut scratch.miss, self.stride, BARRED);
-        scratch.goal.resize(self.stride, 0);
-        for row in self.share.chunks_exact(self.stride) {
-            for ((goal, &share), &half) in scratch.goal.iter_mut().zip(row).zip(&scratch.half) {
-                *goal = share + half;
-            }
-            rows::nearest(&scratch.ours, &scratch.goal, &mut scratch.miss);
-        }
-        // What the heavier of the two would carry.
-        if even {
-            for (miss, &half) in scratch.miss.iter_mut().zip(&scratch.half) {
-                *miss += level - half;
-            }
-        } else {
-            for light in 0..self.num_ranks {
-                let miss = scratch.miss[light];
-                scratch.miss[light] = self.level(heavy, light, scratch.half[light], miss);
-            }
-        }
-        scratch.miss[self.num_ranks..].fill(i32::MAX);
-        scratch.miss[heavy] = i32::MAX;
-        if !self.node_of.is_empty() {
-            for light in 0..self.num_ranks {
-                if !self.may_trade(heavy, light) {
-                    scratch.miss[light] = i32::MAX;
-                }
-            }
-        }
-        loop {
-            let (light, after) = rows::argmin(&scratch.miss);
-            if after >= level {
-                return None;
-            }
-            // Where both hold an expert, its replicas stay where they are.
-            self.list_singles(heavy, light, &mut scratch.ours, &mut scratch.our_slots);
-            self.list_singles(light, heavy, &mut scratch.theirs, &mut scratch.their_slots);
-            let half = scratch.half[light];
-            let (near, ours, theirs) = nearest_listed(half, scratch);
-            let exact = self.level(heavy, light, half, near);
-            if exact == after {
-                return Some(Swap {
-                    heavy: (heavy, ours.0 as usize),
-                    light: (light, theirs.0 as usize),
-                });
-            }
-            scratch.miss[light] = exact;
-        }
-    }
-
     /// The exchange that takes least from a rank for it to be at a level, with the lightest rank
     /// that stays below the level then. For ranks of equal speed.
     #[inline(always)]
-    pub(crate) fn shed(&self, heavy: usize, level: i32, scratch: &mut Scratch) -> Option<Swap> {
+    pub(crate) fn shed(&self, heavy: usize, level: i32, order: &Order) -> Option<Swap> {
         if !self.slowness.is_empty() {
             return None;
         }
         let need = self.load[heavy] - level;
-        scratch.ours.clear();
-        for slot in 0..self.filled[heavy] as usize {
-            scratch.ours.push(self.share[self.site(slot, heavy)] - need);
-        }
-        // How much more than needed the nearest exchange with each rank takes; what takes less
-        // than needed wraps around to more than anything.
-        renew(&mut scratch.miss, self.stride, -1);
-        for row in self.share.chunks_exact(self.stride) {
-            rows::least_above(&scratch.ours, row, &mut scratch.miss);
-        }
-        // The load of those that have room for it, else nothing to choose.
-        for (miss, &load) in scratch.miss.iter_mut().zip(&self.load) {
-            let room = (level - load - need).max(-1);
-            let fits = (*miss as u32) <= room as u32 && room >= 0;
-            *miss = if fits { load } else { i32::MAX };
-        }
-        scratch.miss[self.num_ranks..].fill(i32::MAX);
-        scratch.miss[heavy] = i32::MAX;
-        loop {
-            let (light, load) = rows::argmin(&scratch.miss);
-            if load == i32::MAX {
+        for light in order.lightest_first() {
+            let room = level - self.load[light];
+            if room < need {
                 return None;
             }
-            scratch.miss[light] = i32::MAX;
-            if self.may_trade(heavy, light) {
-                let room = level - load;
-                let slots = 0..self.filled[light] as usize;
-                if let Some((_, swap)) = self.least_fit(heavy, light, need, room, slots) {
-                    return Some(swap);
-                }
+            if light == heavy || !self.may_trade(heavy, light) {
+                continue;
+            }
+            // What takes less than needed wraps around to more than anything.
+            let over = rows::least_above(self.shares_of(heavy), self.row(light), need);
+            if over > (room - need) as u32 {
+                continue;
+            }
+            let slots = 0..self.filled[light] as usize;
+            if let Some((_, swap)) = self.least_fit(heavy, light, need, room, slots) {
+                return Some(swap);
             }
         }
+        None
     }
 
     /// Like [`shed`](Self::shed), for a replica that has moved already: that costs one move less.
@@ -622,117 +557,14 @@ impl Ranks {
         best
     }
 
-    /// An exchange of two replicas of the heaviest rank for two of a light one that leaves the
-    /// heavier of the two lighter than the rank is now; of the first of the lightest ranks that
-    /// has one, the best.
-    #[inline(always)]
-    pub(crate) fn best_double_swap(
-        &self,
-        heavy: usize,
-        partners: usize,
-        scratch: &mut Scratch,
-    ) -> Option<[Swap; 2]> {
-        let level = self.time(heavy, self.load[heavy]);
-        scratch.miss.clear();
-        let loads = self.load.iter().enumerate().take(self.num_ranks);
-        scratch
-            .miss
-            .extend(loads.map(|(rank, &load)| self.time(rank, load)));
-        for _ in 0..partners {
-            let (light, light_level) = rows::argmin(&scratch.miss);
-            if light_level >= level {
-                return None;
-            }
-            scratch.miss[light] = i32::MAX;
-            let half = self.half(heavy, light);
-            self.list_pairs(heavy, light, &mut scratch.ours, &mut scratch.our_slots);
-            self.list_pairs(light, heavy, &mut scratch.theirs, &mut scratch.their_slots);
-            let (near, ours, theirs) = nearest_listed(half, scratch);
-            if near >= BARRED || self.level(heavy, light, half, near) >= level {
-                continue;
-            }
-            let swap = |ours: u32, theirs: u32| Swap {
-                heavy: (heavy, ours as usize),
-                light: (light, theirs as usize),
-            };
-            return Some([swap(ours.0, theirs.0), swap(ours.1, theirs.1)]);
-        }
-        None
-    }
-
-    /// Lists the replicas of a rank that another may take: their shares and slots.
-    #[inline(always)]
-    fn list_singles(
-        &self,
-        rank: usize,
-        other: usize,
-        shares: &mut Vec<i32>,
-        slots: &mut Vec<(u32, u32)>,
-    ) {
-        shares.clear();
-        slots.clear();
-        for slot in 0..self.filled[rank] as usize {
-            if self.may_move(slot, rank, other) {
-                shares.push(self.share[self.site(slot, rank)]);
-                slots.push((slot as u32, 0));
-            }
-        }
-    }
-
-    /// Lists all pairs of replicas of a rank that another may take: their shares and slots.
-    #[inline(always)]
-    fn list_pairs(
-        &self,
-        rank: usize,
-        other: usize,
-        shares: &mut Vec<i32>,
-        slots: &mut Vec<(u32, u32)>,
-    ) {
-        shares.clear();
-        slots.clear();
-        let filled = self.filled[rank] as usize;
-        for first in (0..filled).filter(|&slot| self.may_move(slot, rank, other)) {
-            let share = self.share[self.site(first, rank)];
-            for second in (first + 1..filled).filter(|&slot| self.may_move(slot, rank, other)) {
-                shares.push(share + self.share[self.site(second, rank)]);
-                slots.push((first as u32, second as u32));
-            }
-        }
-    }
-
     /// Whether a rank lacks the expert in a slot of another.
     #[inline(always)]
-    fn may_move(&self, slot: usize, from: usize, to: usize) -> bool {
+    pub(crate) fn may_move(&self, slot: usize, from: usize, to: usize) -> bool {
         let expert = self.expert[self.site(slot, from)] as usize;
-        self.count[expert] == 1 || !self.holds(to, expert)
-    }
-}
-
-/// Of what is listed, what comes nearest to differing by `half`, and how near.
-#[inline(always)]
-fn nearest_listed(half: i32, scratch: &mut Scratch) -> (i32, (u32, u32), (u32, u32)) {
-    let Scratch {
-        goal,
-        ours,
-        our_slots,
-        theirs,
-        their_slots,
-        ..
-    } = scratch;
-    for share in &mut *theirs {
-        *share += half;
-    }
-    renew(goal, theirs.len(), BARRED);
-    rows::nearest(ours, theirs, goal);
-    let (pair, near) = rows::argmin(goal);
-    let found = ours.iter().position(|&share| {
-        theirs
-            .get(pair)
-            .is_some_and(|goal| (share - goal).abs() == near)
-    });
-    match found {
-        Some(index) => (near, our_slots[index], their_slots[pair]),
-        None => (BARRED, (0, 0), (0, 0)),
+        match self.count.get(expert) {
+            Some(&count) => count == 1 || !self.holds(to, expert),
+            None => false,
+        }
     }
 }
 

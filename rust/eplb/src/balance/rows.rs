@@ -1,85 +1,90 @@
-//! Loops over one integer per rank, which the compiler turns into vectors.
+//! Loops over the shares of ranks, which the compiler turns into vectors.
+
+use super::ranks::BARRED;
 
 /// Rows are as long as the next multiple of this.
 pub(crate) const LANES: usize = 16;
 
-/// The lowest index of the smallest value, and the value.
+/// Further than any two shares differ; with a level on top it still fits an `i32`.
+const FAR: i32 = i32::MAX - BARRED;
+
+/// How near the difference of one of `ours` and one of `theirs` comes to a goal.
 #[inline(always)]
-pub(crate) fn argmin(values: &[i32]) -> (usize, i32) {
-    let least = values
+pub(crate) fn nearest(ours: &[i32], theirs: &[i32], goal: i32) -> i32 {
+    let mut least = FAR;
+    let (eights, rest) = ours.as_chunks::<8>();
+    for ours in eights {
+        least = least.min(nearest_of(ours, theirs, goal));
+    }
+    for &ours in rest {
+        least = least.min(nearest_of(&[ours], theirs, goal));
+    }
+    least
+}
+
+#[inline(always)]
+fn nearest_of<const N: usize>(ours: &[i32; N], theirs: &[i32], goal: i32) -> i32 {
+    let mut least = FAR;
+    for &theirs in theirs {
+        let wanted = theirs + goal;
+        for &ours in ours {
+            least = least.min((ours - wanted).abs());
+        }
+    }
+    least
+}
+
+/// The first two whose difference is as near to a goal.
+#[inline(always)]
+pub(crate) fn find(ours: &[i32], theirs: &[i32], goal: i32, near: i32) -> Option<(usize, usize)> {
+    let is_it = |ours: i32, theirs: i32| (ours - theirs - goal).abs() == near;
+    let first = ours.iter().position(|&ours| {
+        let hit = |hit, &theirs: &i32| hit | is_it(ours, theirs);
+        theirs.iter().fold(false, hit)
+    })?;
+    let second = theirs
         .iter()
-        .fold(i32::MAX, |least, &value| least.min(value));
-    (position(values, least), least)
+        .position(|&theirs| is_it(ours[first], theirs))?;
+    Some((first, second))
 }
 
-/// The lowest index of the largest value, and the value.
+/// Lowers each lane of `best` to `even` plus how near the difference of one of `ours` and one of
+/// `theirs` comes to `half`, and notes `name` where that is lower.
 #[inline(always)]
-pub(crate) fn argmax(values: &[i32]) -> (usize, i32) {
-    let most = values.iter().fold(i32::MIN, |most, &value| most.max(value));
-    (position(values, most), most)
-}
-
-/// The lowest index of a value that is there.
-#[inline(always)]
-fn position(values: &[i32], wanted: i32) -> usize {
-    let mut place = u32::MAX;
-    for (index, &value) in values.iter().enumerate() {
-        place = place.min(if value == wanted {
-            index as u32
-        } else {
-            u32::MAX
-        });
-    }
-    place as usize
-}
-
-/// Lowers each lane of `least` to how far its goal is from the nearest of the values.
-#[inline(always)]
-pub(crate) fn nearest(values: &[i32], goals: &[i32], least: &mut [i32]) {
-    let (eights, rest) = values.as_chunks::<8>();
-    for values in eights {
-        nearest_of(values, goals, least);
-    }
-    let (fours, rest) = rest.as_chunks::<4>();
-    for values in fours {
-        nearest_of(values, goals, least);
-    }
-    for &value in rest {
-        nearest_of(&[value], goals, least);
-    }
-}
-
-#[inline(always)]
-fn nearest_of<const K: usize>(values: &[i32; K], goals: &[i32], least: &mut [i32]) {
-    for (least, &goal) in least.iter_mut().zip(goals) {
-        let mut near = *least;
-        for &value in values {
-            near = near.min((value - goal).abs());
+pub(crate) fn lower<const N: usize>(
+    ours: &[i32; N],
+    theirs: &[i32],
+    half: i32,
+    even: i32,
+    name: u32,
+    best: &mut [i32],
+    who: &mut [u32],
+) {
+    for ((best, who), &theirs) in best.iter_mut().zip(who).zip(theirs) {
+        let wanted = theirs + half;
+        let mut near = FAR;
+        for &ours in ours {
+            near = near.min((ours - wanted).abs());
         }
-        *least = near;
+        let after = near + even;
+        *who = if after < *best { name } else { *who };
+        *best = after.min(*best);
     }
 }
 
-/// Lowers each lane of `least`, taken as unsigned, to the least by which a value is above the
-/// row's; what is below it wraps around.
+/// The least by which the difference of one of `ours` and one of `theirs` is above a goal, taken as
+/// unsigned: what is below it wraps around.
 #[inline(always)]
-pub(crate) fn least_above(values: &[i32], row: &[i32], least: &mut [i32]) {
-    let (fours, rest) = values.as_chunks::<4>();
-    for values in fours {
-        least_above_of(values, row, least);
-    }
-    for &value in rest {
-        least_above_of(&[value], row, least);
-    }
-}
-
-#[inline(always)]
-fn least_above_of<const K: usize>(values: &[i32; K], row: &[i32], least: &mut [i32]) {
-    for (least, &share) in least.iter_mut().zip(row) {
-        let mut above = *least as u32;
-        for &value in values {
-            above = above.min(value.wrapping_sub(share) as u32);
+pub(crate) fn least_above(ours: &[i32], theirs: &[i32], goal: i32) -> u32 {
+    let mut least = [u32::MAX; LANES];
+    let (rows, _) = theirs.as_chunks::<LANES>();
+    for theirs in rows {
+        for &ours in ours {
+            for lane in 0..LANES {
+                let above = ours.wrapping_sub(theirs[lane]).wrapping_sub(goal);
+                least[lane] = least[lane].min(above as u32);
+            }
         }
-        *least = above as i32;
     }
+    least.into_iter().fold(u32::MAX, Ord::min)
 }

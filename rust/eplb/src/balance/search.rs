@@ -4,7 +4,8 @@ use super::counts::share;
 use super::fuel::Fuel;
 use super::part::Part;
 use super::random::Random;
-use super::ranks::{self, Ranks};
+use super::ranks::Ranks;
+use super::swaps;
 
 /// How far above the mean a rank may be for exchanges to stop.
 const EVEN_ENOUGH: f64 = 3e-5;
@@ -35,15 +36,15 @@ const CANDIDATES: usize = 8;
 
 /// Improves a placement. With more fuel it takes the same steps and then more, and what it leaves
 /// is the best it has seen: more fuel never gives a worse placement.
-#[inline(always)]
 pub(crate) fn improve(
     ranks: &mut Ranks,
     part: &Part,
     fuel: &mut Fuel,
     best: &mut Ranks,
-    scratch: &mut ranks::Scratch,
+    scratch: &mut swaps::Scratch,
 ) {
     let target = part.level_over_mean(EVEN_ENOUGH);
+    scratch.order.sort(ranks);
     let level = descend(ranks, target, fuel, scratch);
     let loose = part.level_over_mean(EVEN_ENOUGH.max(PATIENCE / f64::from(fuel.capacity)));
     if level > loose && !fuel.is_empty() {
@@ -53,18 +54,16 @@ pub(crate) fn improve(
 
 /// Exchanges replicas of the heaviest rank until it carries no more than the target, or no
 /// exchange helps, or the fuel is used up; returns what it carries then.
-#[inline(always)]
-fn descend(ranks: &mut Ranks, target: i32, fuel: &mut Fuel, scratch: &mut ranks::Scratch) -> i32 {
+fn descend(ranks: &mut Ranks, target: i32, fuel: &mut Fuel, scratch: &mut swaps::Scratch) -> i32 {
     loop {
-        let (heavy, level) = ranks.heaviest();
+        let (heavy, level) = scratch.order.heaviest();
         if level <= target || !fuel.step() {
             return level;
         }
         if let Some(swap) = ranks.best_swap(heavy, scratch) {
-            ranks.apply(&swap);
+            ranks.apply_in_order(&[swap], &mut scratch.order);
         } else if let Some(swaps) = ranks.best_double_swap(heavy, PARTNERS, scratch) {
-            ranks.apply(&swaps[0]);
-            ranks.apply(&swaps[1]);
+            ranks.apply_in_order(&swaps, &mut scratch.order);
         } else {
             return level;
         }
@@ -74,7 +73,6 @@ fn descend(ranks: &mut Ranks, target: i32, fuel: &mut Fuel, scratch: &mut ranks:
 /// Gives an expert of the heaviest rank one more replica, in the place of another's, evens out by
 /// exchanges, and keeps what is no worse; until the heaviest rank carries no more than the target
 /// or the fuel is used up.
-#[inline(always)]
 fn change_counts(
     ranks: &mut Ranks,
     part: &Part,
@@ -82,7 +80,7 @@ fn change_counts(
     level: i32,
     fuel: &mut Fuel,
     best: &mut Ranks,
-    scratch: &mut ranks::Scratch,
+    scratch: &mut swaps::Scratch,
 ) {
     let target_of_exchanges = part.level_over_mean(EVEN_ENOUGH);
     let share_of = |expert: usize, count: u32| share(part.weight[expert], count);
@@ -103,6 +101,7 @@ fn change_counts(
         if !changed {
             continue;
         }
+        scratch.order.mend(ranks);
         let new = fuel.spend(EXCHANGES, |fuel| {
             descend(ranks, target_of_exchanges, fuel, scratch)
         });
@@ -111,6 +110,7 @@ fn change_counts(
             best.copy_from(ranks);
         } else {
             ranks.copy_from(best);
+            scratch.order.mend(ranks);
         }
     }
     ranks.copy_from(best);
@@ -119,7 +119,6 @@ fn change_counts(
 /// Gives an expert of the heaviest rank, or now and then of another, one more replica, in the place
 /// of another's: of a few such changes, the one that leaves the ranks it burdens lightest. Returns
 /// whether there was one.
-#[inline(always)]
 fn change_count(
     ranks: &mut Ranks,
     heavy: usize,
