@@ -200,7 +200,7 @@ fn best_step(
     let swap = ranks
         .shed_by_return(heavy, target, home)
         .or_else(|| ranks.shed(heavy, target, &search.order))
-        .or_else(|| ranks.best_swap(heavy, search));
+        .or_else(|| ranks.best_swap(heavy, usize::MAX, search));
     if let Some(swap) = swap {
         let light = swap.light.0;
         let ours = ranks.expert_in(heavy, swap.heavy.1);

@@ -14,6 +14,10 @@ const EVEN_ENOUGH: f64 = 3e-5;
 /// of counts to be left out.
 const PATIENCE: f64 = 0.7;
 
+/// How many of the lightest ranks are asked for an exchange of one replica for one, before any is
+/// asked for more.
+const FIRST: usize = 6;
+
 /// How many of the lightest ranks are asked for an exchange of two replicas for two.
 const PARTNERS: usize = 16;
 
@@ -60,10 +64,12 @@ fn descend(ranks: &mut Ranks, target: i32, fuel: &mut Fuel, scratch: &mut swaps:
         if level <= target || !fuel.step() {
             return level;
         }
-        if let Some(swap) = ranks.best_swap(heavy, scratch) {
+        if let Some(swap) = ranks.best_swap(heavy, FIRST, scratch) {
             ranks.apply_in_order(&[swap], &mut scratch.order);
         } else if let Some(swaps) = ranks.best_double_swap(heavy, PARTNERS, scratch) {
             ranks.apply_in_order(&swaps, &mut scratch.order);
+        } else if let Some(swap) = ranks.best_swap(heavy, usize::MAX, scratch) {
+            ranks.apply_in_order(&[swap], &mut scratch.order);
         } else {
             return level;
         }

@@ -21,24 +21,31 @@ pub(crate) struct Scratch {
     /// For each slot of a partner, the best exchange so far, and with whom.
     best: Vec<i32>,
     who: Vec<u32>,
-    /// Replicas, or pairs of them, of the heavy and the light rank: their shares and slots.
+    /// Replicas of the heavy and of a light rank: shares, slots, and the shares of each two.
     ours: Vec<i32>,
-    our_slots: Vec<(u32, u32)>,
+    our_slots: Vec<u32>,
+    our_pairs: Vec<i32>,
     theirs: Vec<i32>,
-    their_slots: Vec<(u32, u32)>,
+    their_slots: Vec<u32>,
+    their_pairs: Vec<i32>,
 }
 
 #[multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
     "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
 ))]
-fn best_partner(ranks: &Ranks, heavy: usize, scratch: &mut Scratch) -> Option<i32> {
+fn best_partner(
+    ranks: &Ranks,
+    heavy: usize,
+    partners: usize,
+    scratch: &mut Scratch,
+) -> Option<i32> {
     match ranks.filled(heavy) {
-        0..=4 => ranks.best_partner_of::<4>(heavy, scratch),
-        5 => ranks.best_partner_of::<5>(heavy, scratch),
-        6..=8 => ranks.best_partner_of::<8>(heavy, scratch),
-        9 => ranks.best_partner_of::<9>(heavy, scratch),
-        _ => ranks.best_partner_of::<12>(heavy, scratch),
+        0..=4 => ranks.best_partner_of::<4>(heavy, partners, scratch),
+        5 => ranks.best_partner_of::<5>(heavy, partners, scratch),
+        6..=8 => ranks.best_partner_of::<8>(heavy, partners, scratch),
+        9 => ranks.best_partner_of::<9>(heavy, partners, scratch),
+        _ => ranks.best_partner_of::<12>(heavy, partners, scratch),
     }
 }
 
@@ -155,15 +162,21 @@ impl Ranks {
     }
 
     /// The exchange of one replica of the heaviest rank for one of another that leaves the
-    /// heavier of the two lightest, if that is lighter than the rank is now.
+    /// heavier of the two lightest, if that is lighter than the rank is now; among so many of the
+    /// ranks that take least.
     #[inline(always)]
-    pub(crate) fn best_swap(&self, heavy: usize, scratch: &mut Scratch) -> Option<Swap> {
+    pub(crate) fn best_swap(
+        &self,
+        heavy: usize,
+        partners: usize,
+        scratch: &mut Scratch,
+    ) -> Option<Swap> {
         self.list_crowd(heavy, &mut scratch.crowd);
         if !self.is_even() {
-            return self.best_swap_by_time(heavy, scratch);
+            return self.best_swap_by_time(heavy, partners, scratch);
         }
         // Each slot of a partner has a lane, which keeps the best exchange for it, and with whom.
-        let after = best_partner(self, heavy, scratch)?;
+        let after = best_partner(self, heavy, partners, scratch)?;
         let slot = scratch.best.iter().position(|&best| best == after)?;
         let light = scratch.who[slot] as usize;
         let half = self.half(heavy, light);
@@ -173,7 +186,12 @@ impl Ranks {
 
     /// What the heavier of two ranks carries after the best exchange. All ranks are equally fast.
     #[inline(always)]
-    fn best_partner_of<const N: usize>(&self, heavy: usize, scratch: &mut Scratch) -> Option<i32> {
+    fn best_partner_of<const N: usize>(
+        &self,
+        heavy: usize,
+        partners: usize,
+        scratch: &mut Scratch,
+    ) -> Option<i32> {
         let Scratch {
             order,
             crowd,
@@ -191,7 +209,7 @@ impl Ranks {
         let ours = self.shares_of(heavy);
         let first = padded::<N>(&ours[..ours.len().min(N)]);
         let more = &ours[ours.len().min(N)..];
-        for (turn, &key) in order.keys.iter().enumerate() {
+        for (turn, &key) in order.keys.iter().take(partners).enumerate() {
             let light = key as u32 as usize;
             let half = (level - (key >> 32) as i32) >> 1;
             let even = level - half;
@@ -243,7 +261,12 @@ impl Ranks {
     }
 
     /// The same for ranks of any speed.
-    fn best_swap_by_time(&self, heavy: usize, scratch: &mut Scratch) -> Option<Swap> {
+    fn best_swap_by_time(
+        &self,
+        heavy: usize,
+        partners: usize,
+        scratch: &mut Scratch,
+    ) -> Option<Swap> {
         let Scratch {
             order,
             ours,
@@ -252,7 +275,7 @@ impl Ranks {
         } = scratch;
         let mut best = self.time(heavy, self.load(heavy));
         let mut found = None;
-        for light in order.lightest_first() {
+        for light in order.lightest_first().take(partners) {
             let half = self.half(heavy, light);
             if light == heavy
                 || !self.may_trade(heavy, light)
@@ -310,8 +333,7 @@ impl Ranks {
 
     /// An exchange of two replicas of the heaviest rank for two of a light one that leaves the
     /// heavier of the two lighter than the rank is now; of the first of the lightest ranks that
-    /// has one, the best.
-    #[inline(always)]
+    /// has one, the best. Follows [`best_swap`](Self::best_swap) for the same rank.
     pub(crate) fn best_double_swap(
         &self,
         heavy: usize,
@@ -321,59 +343,93 @@ impl Ranks {
         let level = self.time(heavy, self.load(heavy));
         let Scratch {
             order,
+            crowd,
             ours,
             our_slots,
+            our_pairs,
             theirs,
             their_slots,
+            their_pairs,
             ..
         } = scratch;
+        let mut all_listed = false;
         for light in order.lightest_first().take(partners) {
             let half = self.half(heavy, light);
             if self.level(heavy, light, half, 0) >= level {
                 return None;
             }
-            if !self.may_trade(heavy, light) {
+            if light == heavy || !self.may_trade(heavy, light) {
                 continue;
             }
-            self.list_pairs(heavy, light, ours, our_slots);
-            self.list_pairs(light, heavy, theirs, their_slots);
-            theirs.resize(theirs.len().next_multiple_of(LANES), BARRED);
-            let near = nearest(ours, theirs, half);
-            if near >= BARRED || self.level(heavy, light, half, near) >= level {
+            let crowded = crowd[light / 64] >> (light % 64) & 1 != 0;
+            if crowded || !all_listed {
+                self.list_allowed(heavy, light, crowded, ours, our_slots);
+                list_pairs(ours, our_pairs);
+                all_listed = !crowded;
+            }
+            self.list_allowed(light, heavy, crowded, theirs, their_slots);
+            list_pairs(theirs, their_pairs);
+            their_pairs.resize(their_pairs.len().next_multiple_of(LANES), BARRED);
+            let near = nearest(our_pairs, their_pairs, half);
+            if self.level(heavy, light, half, near) >= level {
                 continue;
             }
-            let (first, second) = find(ours, theirs, half, near)?;
-            let (first, second) = (our_slots[first], their_slots[second]);
+            let (first, second) = find(our_pairs, their_pairs, half, near)?;
+            let (ours, theirs) = (pair(first, our_slots)?, pair(second, their_slots)?);
             let swap = |ours: u32, theirs: u32| Swap {
                 heavy: (heavy, ours as usize),
                 light: (light, theirs as usize),
             };
-            return Some([swap(first.0, second.0), swap(first.1, second.1)]);
+            return Some([swap(ours.0, theirs.0), swap(ours.1, theirs.1)]);
         }
         None
     }
 
-    /// Lists all pairs of replicas of a rank that another may take: their shares and slots.
-    #[inline(always)]
-    fn list_pairs(
+    /// Lists the replicas of a rank that another may take: their shares and slots.
+    fn list_allowed(
         &self,
         rank: usize,
         other: usize,
+        crowded: bool,
         shares: &mut Vec<i32>,
-        slots: &mut Vec<(u32, u32)>,
+        slots: &mut Vec<u32>,
     ) {
         shares.clear();
         slots.clear();
-        let allowed = (0..self.filled(rank)).filter(|&slot| self.may_move(slot, rank, other));
-        slots.extend(allowed.map(|slot| (slot as u32, 0)));
-        let singles = slots.len();
-        for first in 0..singles {
-            let share = self.share_in(rank, slots[first].0 as usize);
-            for second in first + 1..singles {
-                shares.push(share + self.share_in(rank, slots[second].0 as usize));
-                slots.push((slots[first].0, slots[second].0));
+        if !crowded {
+            shares.extend_from_slice(self.shares_of(rank));
+            slots.extend(0..shares.len() as u32);
+            return;
+        }
+        for (slot, &share) in self.shares_of(rank).iter().enumerate() {
+            if self.may_move(slot, rank, other) {
+                shares.push(share);
+                slots.push(slot as u32);
             }
         }
-        slots.drain(..singles);
     }
+}
+
+/// Lists what each two shares come to: those with the first, then those with the second, ...
+fn list_pairs(shares: &[i32], pairs: &mut Vec<i32>) {
+    pairs.clear();
+    let mut rest = shares;
+    while let [first, others @ ..] = rest {
+        pairs.extend(others.iter().map(|other| first + other));
+        rest = others;
+    }
+}
+
+/// The two that a place in such a list stands for.
+fn pair(place: usize, slots: &[u32]) -> Option<(u32, u32)> {
+    let mut place = place;
+    let mut rest = slots;
+    while let [first, others @ ..] = rest {
+        if let Some(&second) = others.get(place) {
+            return Some((*first, second));
+        }
+        place -= others.len();
+        rest = others;
+    }
+    None
 }
