@@ -12,7 +12,7 @@ const EVEN_ENOUGH: f64 = 3e-5;
 
 /// How far above the mean the heaviest rank may be, times the steps a search may take, for changes
 /// of counts to be left out.
-const PATIENCE: f64 = 0.7;
+const PATIENCE: f64 = 0.3;
 
 /// How many of the lightest ranks are asked for an exchange of one replica for one, before any is
 /// asked for more.
