@@ -24,7 +24,7 @@ from eplb_rs._files import write_whole
 from eplb_rs.errors import InvalidInputError, PlanError
 from eplb_rs.loads import read_loads
 from eplb_rs.plan import Plan
-from eplb_rs.planner import Planner, PolicyName
+from eplb_rs.planner import GroupRule, Planner, PolicyName
 from eplb_rs.report import PlanningTime, Report, Style, printable
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ __all__ = ["main"]
 
 _OPTIONS = {
     "allow_zero": "--allow-zero",
+    "group_rule": "--group-rule",
     "key": "--key",
     "layer": "--layer",
     "num_gpus": "--gpus",
@@ -129,6 +130,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         arguments.groups,
         policy=cast("PolicyName", arguments.policy),
         threads=arguments.threads,
+        group_rule=cast("GroupRule", arguments.group_rule),
     )
     plan = planner.plan(trace.total, layer_ids=trace.layer_ids)
     report = Report(plan=plan, trace=trace, time=_measured(planner, plan), assumed=assumed)
@@ -227,8 +229,7 @@ def _parser() -> argparse.ArgumentParser:
         "--groups",
         type=_count,
         metavar="N",
-        help="in how many groups the experts are (1; DeepSeek-V3 and R1: 8); if groups divide "
-        "over nodes, each stays on one",
+        help="in how many groups the experts are (1; DeepSeek-V3 and R1: 8)",
     )
     machines.add_argument(
         "--replicas",
@@ -239,9 +240,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     machines.add_argument(
         "--policy",
-        default="deepseek",
+        default="balanced",
         metavar="NAME",
-        help=f"how to plan: {' or '.join(get_args(PolicyName))} (deepseek)",
+        help=f"how to plan: {' or '.join(get_args(PolicyName))} (balanced)",
+    )
+    machines.add_argument(
+        "--group-rule",
+        default="strict",
+        metavar="NAME",
+        help="what policy balanced makes of groups: "
+        f"{' or '.join(get_args(GroupRule))} (strict: each stays on one node)",
     )
     machines.add_argument(
         "--threads", type=_count, default=1, metavar="N", help="threads to plan on (1)"

@@ -70,9 +70,9 @@ class Planner:
 
     Args:
         topology: The machines.
-        num_groups: In how many groups the model's experts are (DeepSeek-V3 and R1: 8). Under
-            ``policy="deepseek"``, if groups divide over nodes, each group stays on one node;
-            otherwise groups and nodes are ignored.
+        num_groups: In how many groups the model's experts are (DeepSeek-V3 and R1: 8). What
+            becomes of them ``group_rule`` says. Under ``policy="deepseek"``, if groups divide over
+            nodes, each group stays on one node; otherwise groups and nodes are ignored.
         policy: ``"balanced"``, replica counts and packing improved together by local search;
             ``"deepseek"``, the reference algorithm, to the last slot; or ``"trivial"``, what
             engines start from: slot `i` holds expert `i mod E`, whatever the load.
@@ -112,7 +112,7 @@ class Planner:
         self,
         topology: _core.Topology,
         num_groups: int = 1,
-        policy: PolicyName = "deepseek",
+        policy: PolicyName = "balanced",
         threads: int = 1,
         *,
         release_gil: bool | None = None,

@@ -24,8 +24,10 @@ fn main() -> eplb::Result<()> {
 
     for (name, num_groups, policy) in [
         ("whatever the load", 1, Policy::Trivial),
-        ("groups stay on their node", NUM_GROUPS, Policy::DeepSeek),
-        ("any expert on any node", 1, Policy::DeepSeek),
+        ("reference, groups on a node", NUM_GROUPS, Policy::DeepSeek),
+        ("reference, any node", 1, Policy::DeepSeek),
+        ("balanced, groups on a node", NUM_GROUPS, Policy::Balanced),
+        ("balanced, any node", 1, Policy::Balanced),
     ] {
         let planner = Planner::new(topology.clone(), num_groups, policy, 1)?;
         planner.plan(&load)?; // the first call asks for memory, later ones have it

@@ -18,12 +18,13 @@ use crate::trivial;
 pub const MAX_THREADS: usize = 256;
 
 /// How a placement is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Policy {
     /// DeepSeek's EPLB, exactly: greedy replication and packing, `f32` sums, stable sorts.
     DeepSeek,
     /// Replica counts and packing improved together by local search.
+    #[default]
     Balanced,
     /// What engines start from: slot `i` holds expert `i mod num_experts`, whatever the load.
     Trivial,

@@ -55,6 +55,7 @@ pub(crate) struct Scratch {
     group_load: Vec<f64>,
     nodes: Vec<groups::Node>,
     groups: groups::Scratch,
+    node_time: Vec<f64>,
     home: Ranks,
     local: Vec<u32>,
     node_of: Vec<u32>,
@@ -165,9 +166,10 @@ pub(crate) fn plan_layers(
         slots.fill(Replica::NONE);
         if shape.keeps_groups() {
             scratch.assign_groups(topology, shape, load);
+            scratch.time_nodes(topology, shape, load);
             for node in 0..topology.num_nodes() {
                 scratch.take_node(topology, shape, node, load);
-                scratch.solve(&mut fuel);
+                scratch.solve(scratch.slack_of(node), &mut fuel);
                 scratch.write(topology, slots);
             }
         } else if side_by_side {
@@ -182,7 +184,7 @@ pub(crate) fn plan_layers(
         } else {
             scratch.part.set_ranks(topology.live_gpus());
             scratch.part.set_experts(0..shape.num_experts as u32, load);
-            scratch.solve(&mut fuel);
+            scratch.solve(0.0, &mut fuel);
             scratch.write(topology, slots);
         }
     }
@@ -221,8 +223,26 @@ impl Scratch {
         self.part.set_experts(experts, load);
     }
 
-    /// Places the experts of the part on its ranks.
-    fn solve(&mut self, fuel: &mut Fuel) {
+    /// Notes how long each node takes, if its ranks are even.
+    fn time_nodes(&mut self, topology: &Topology, shape: &Shape, load: &[f32]) {
+        let size = shape.num_experts / shape.num_groups;
+        self.node_time.clear();
+        self.node_time.resize(topology.num_nodes(), 0.0);
+        for (experts, &node) in load.chunks_exact(size).zip(&self.groups.best) {
+            let load: f64 = experts.iter().copied().map(f64::from).sum();
+            self.node_time[node as usize] += load / self.nodes[node as usize].speed;
+        }
+    }
+
+    /// How far above its mean a node's ranks may be and still take less than the slowest node.
+    fn slack_of(&self, node: usize) -> f64 {
+        let most = self.node_time.iter().copied().fold(0.0, f64::max);
+        let time = self.node_time[node];
+        if time > 0.0 { most / time - 1.0 } else { 0.0 }
+    }
+
+    /// Places the experts of the part on its ranks, which may be so far above their mean.
+    fn solve(&mut self, slack: f64, fuel: &mut Fuel) {
         let Self {
             part,
             count,
@@ -253,10 +273,10 @@ impl Scratch {
         counts::list(&part.weight, count, head, items);
         fill::fill(ranks, part, items, count, fill);
         match paired {
-            None => search::improve(ranks, part, fuel, best, search),
+            None => search::improve(ranks, part, slack, fuel, best, search),
             // The best pairing; else one that had to part two replicas of one expert.
             Some(level) if ranks.heaviest().1 <= level => {}
-            Some(_) => search::improve(ranks, part, &mut fuel.refilled(), best, search),
+            Some(_) => search::improve(ranks, part, slack, &mut fuel.refilled(), best, search),
         }
     }
 
@@ -274,7 +294,7 @@ impl Scratch {
         if let Err((count, items)) = starts.take(lane, part, ranks) {
             fill::fill(ranks, part, items, count, fill);
         }
-        search::improve(ranks, part, fuel, best, search);
+        search::improve(ranks, part, 0.0, fuel, best, search);
     }
 
     /// Writes what each slot of the part's ranks holds.

@@ -38,19 +38,25 @@ const FURTHER: usize = 4;
 /// How many changes of counts are looked at before one is made.
 const CANDIDATES: usize = 8;
 
-/// Improves a placement. With more fuel it takes the same steps and then more, and what it leaves
-/// is the best it has seen: more fuel never gives a worse placement.
+/// How much less than its slack a part is evened out to: loads change after the plan is made.
+const MARGIN: f64 = 0.01;
+
+/// Improves a placement; ranks may be as far above the mean as `slack` says, less a margin. With
+/// more fuel it takes the same steps and then more, and what it leaves is the best it has seen: more
+/// fuel never gives a worse placement.
 pub(crate) fn improve(
     ranks: &mut Ranks,
     part: &Part,
+    slack: f64,
     fuel: &mut Fuel,
     best: &mut Ranks,
     scratch: &mut swaps::Scratch,
 ) {
-    let target = part.level_over_mean(EVEN_ENOUGH);
+    let enough = EVEN_ENOUGH.max(slack - MARGIN);
+    let target = part.level_over_mean(enough);
     scratch.order.sort(ranks);
     let level = descend(ranks, target, fuel, scratch);
-    let loose = part.level_over_mean(EVEN_ENOUGH.max(PATIENCE / f64::from(fuel.capacity)));
+    let loose = part.level_over_mean(enough.max(PATIENCE / f64::from(fuel.capacity)));
     if level > loose && !fuel.is_empty() {
         change_counts(ranks, part, loose, level, fuel, best, scratch);
     }
