@@ -6,7 +6,8 @@ from typing import Any
 
 import eplb_rs
 import numpy as np
-from cases import check, lognormal, timed
+from cases import check
+from measuring import log_normal, timed
 
 MOVES = (0, 60, 400, 800, 1600)
 
@@ -14,7 +15,7 @@ MOVES = (0, 60, 400, 800, 1600)
 def rows(seconds: float) -> list[dict[str, Any]]:
     """One row for each limit of moves, and one for the frontier."""
     planner = eplb_rs.Planner(eplb_rs.Topology(4, 8, 9), policy="balanced", release_gil=False)
-    before = lognormal(1.0)
+    before = log_normal(1.0).astype(np.float64)
     after = (before * np.random.default_rng(1).lognormal(0, 0.1, before.shape)).astype(np.float32)
     previous = planner.plan(before)
     rows: list[dict[str, Any]] = []

@@ -420,9 +420,9 @@ def forms() -> Iterator[tuple[str, Any]]:
 def test_forms_that_work(form: Any) -> None:
     before = copy.deepcopy(form) if not isinstance(form, memoryview) else form.tobytes()
     assert_planned(rebalance(form))
-    plan = Planner(TOPOLOGY, 2).plan(form)
+    plan = Planner(TOPOLOGY, 2, "deepseek").plan(form)
     assert_planned((plan.phy2log, plan.log2phy, plan.logcnt))
-    planner = Planner(TOPOLOGY, 2, release_gil=True)
+    planner = Planner(TOPOLOGY, 2, "deepseek", release_gil=True)
     out = planner.allocate(2, 4)
     planner.plan_into(form, out)
     np.testing.assert_array_equal(out.phy2log, WANTED[0])
@@ -528,7 +528,7 @@ def test_tensors_that_work(make: Callable[[Any], Any]) -> None:
         assert (part.dtype, part.device.type) == (torch.int64, "cpu")
         assert not part.requires_grad
     assert_planned(tuple(part.numpy() for part in answer))
-    plan = Planner(TOPOLOGY, 2).plan(form)
+    plan = Planner(TOPOLOGY, 2, "deepseek").plan(form)
     assert_planned((plan.phy2log, plan.log2phy, plan.logcnt))
 
 
@@ -642,7 +642,7 @@ def bad_buffers() -> Iterator[tuple[str, Any, str]]:
 @pytest.mark.parametrize(("name", "buffer", "code"), list(bad_buffers()))
 @pytest.mark.parametrize("release_gil", [False, True])
 def test_buffers_that_do_not_fit(name: str, buffer: Any, code: str, release_gil: bool) -> None:
-    planner = Planner(TOPOLOGY, 2, release_gil=release_gil)
+    planner = Planner(TOPOLOGY, 2, "deepseek", release_gil=release_gil)
     out = buffers(**{name: buffer})
     error = refused(lambda: planner.plan_into(LOAD, out), code, name)
     if isinstance(buffer, np.ndarray) and code == "wrong_dtype":
@@ -682,7 +682,7 @@ def test_neighbours_in_one_allocation_work() -> None:
         log2phy=block[16:56].reshape(2, 4, 5),
         logcnt=block[56:].reshape(2, 4),
     )
-    Planner(TOPOLOGY, 2).plan_into(LOAD, out)
+    Planner(TOPOLOGY, 2, "deepseek").plan_into(LOAD, out)
     np.testing.assert_array_equal(out.phy2log, WANTED[0])
     np.testing.assert_array_equal(out.logcnt, WANTED[2])
 
