@@ -14,8 +14,8 @@ __all__ = [
     "StepPlanner",
     "Topology",
     "__version__",
+    "bounds",
     "check_groups",
-    "lower_bound",
     "partition_layers",
     "schedule_methods",
     "search_schedules",
@@ -251,9 +251,11 @@ class StepPlanner:
         by_source: npt.NDArray[np.int32] | npt.NDArray[np.int64] | None = None,
     ) -> tuple[int, int, int]: ...
 
-def lower_bound(load: npt.NDArray[np.float32], topology: Topology) -> npt.NDArray[np.float64]: ...
+def bounds(
+    load: npt.NDArray[np.float32], topology: Topology, num_groups: int
+) -> npt.NDArray[np.float64]: ...
 def tight_lower_bound(
-    load: npt.NDArray[np.float32], topology: Topology, upper: Sequence[float]
+    load: npt.NDArray[np.float32], topology: Topology, num_groups: int, upper: Sequence[float]
 ) -> npt.NDArray[np.float64]: ...
 def transfers(
     previous: Placement, following: Placement, by_layer: bool

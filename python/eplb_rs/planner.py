@@ -226,7 +226,8 @@ class Planner:
             placement = core.plan(array)
         else:
             placement = core.plan_from(array, self._placement_of(previous), _moves(max_moves))
-        return Plan._made(placement, array, core.num_groups, core.policy, layer_ids)
+        rule = "strict" if core.keeps_groups else "free"
+        return Plan._made(placement, array, core.num_groups, core.policy, layer_ids, rule)
 
     def frontier(self, load: LoadLike, previous: Plan) -> list[Milestone]:
         """Balance against moves, from the plan in force.

@@ -26,6 +26,7 @@ use std::time::Instant;
 use multiversion::multiversion;
 
 pub use fuel::Budget;
+pub(crate) use groups::Assignment;
 pub(crate) use moves::Walks;
 
 use crate::error::{Code, Error, Result, require_multiple};
@@ -49,9 +50,7 @@ pub(crate) struct Scratch {
     folds: fold::Scratch,
     search: ranks::Scratch,
     numbers: Vec<u32>,
-    group_load: Vec<f64>,
-    nodes: Vec<groups::Node>,
-    groups: groups::Scratch,
+    groups: Assignment,
     home: Ranks,
     local: Vec<u32>,
     node_of: Vec<u32>,
@@ -164,7 +163,7 @@ pub(crate) fn plan_layers(
         scratch.numbers.resize(shape.num_experts, 0);
         slots.fill(Replica::NONE);
         if shape.keeps_groups() {
-            scratch.assign_groups(topology, shape, load);
+            scratch.groups.assign(topology, shape.num_groups, load);
             for node in 0..topology.num_nodes() {
                 scratch.take_node(topology, shape, node, load);
                 scratch.solve(&mut fuel);
@@ -180,33 +179,12 @@ pub(crate) fn plan_layers(
 }
 
 impl Scratch {
-    /// Decides on which node each group goes.
-    fn assign_groups(&mut self, topology: &Topology, shape: &Shape, load: &[f32]) {
-        let size = shape.num_experts / shape.num_groups;
-        self.group_load.clear();
-        let sum = |group: &[f32]| group.iter().map(|&load| f64::from(load)).sum::<f64>();
-        self.group_load.extend(load.chunks_exact(size).map(sum));
-        self.nodes.clear();
-        let nodes = 0..topology.num_nodes();
-        self.nodes.extend(nodes.map(|node| {
-            groups::Node {
-                room: node_slots(topology, node) / size,
-                speed: topology
-                    .live_gpus()
-                    .filter(|&(gpu, ..)| topology.node_of(gpu) == node)
-                    .map(|(.., speed)| speed)
-                    .sum(),
-            }
-        }));
-        groups::assign(&self.group_load, &self.nodes, &mut self.groups);
-    }
-
     /// Makes the part of a node: its ranks and the experts of its groups.
     fn take_node(&mut self, topology: &Topology, shape: &Shape, node: usize, load: &[f32]) {
         let size = shape.num_experts / shape.num_groups;
         let on_node = |&(gpu, ..): &(usize, usize, f64)| topology.node_of(gpu) == node;
         self.part.set_ranks(topology.live_gpus().filter(on_node));
-        let node_of = &self.groups.best;
+        let node_of = self.groups.node_of();
         let experts = 0..shape.num_experts as u32;
         let experts = experts.filter(|&expert| node_of[expert as usize / size] == node as u32);
         self.part.set_experts(experts, load);
