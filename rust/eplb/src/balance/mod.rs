@@ -207,27 +207,21 @@ impl Scratch {
         } = self;
         let most = part.slots_of.iter().filter(|&&slots| slots > 0).count() as u32;
         counts::greedy(&part.weight, part.num_slots(), most, count, head);
-        let mut paired = None;
         let pairs = part.slots_of.iter().all(|&slots| slots == 2);
-        if part.is_even() && pairs && part.num_ranks() > fold::FEWEST {
-            let target = part.level_over_mean(0.0);
-            paired = Some(fold::improve(
-                &part.weight,
-                count,
-                most,
-                target,
-                fuel,
-                folds,
-            ));
+        let paired = part.is_even() && pairs && part.num_ranks() > fold::FEWEST;
+        if paired {
+            let mean = part.level_over_mean(0.0);
+            let level = fold::improve(&part.weight, count, most, mean, fuel, folds);
+            if fold::place(ranks, part, count, level, folds) {
+                return;
+            }
         }
         counts::list(&part.weight, count, head, items);
         fill::fill(ranks, part, items, count, fill);
-        match paired {
-            None => search::improve(ranks, part, fuel, best, search),
-            // The best pairing; else one that had to part two replicas of one expert.
-            Some(level) if ranks.heaviest().1 <= level => {}
-            Some(_) => search::improve(ranks, part, &mut fuel.refilled(), best, search),
-        }
+        // Where the best pairing had to part two replicas of one expert, there is more to find.
+        let mut more = fuel.refilled();
+        let fuel = if paired { &mut more } else { fuel };
+        search::improve(ranks, part, fuel, best, search);
     }
 
     /// Writes what each slot of the part's ranks holds.
