@@ -26,6 +26,9 @@ pub(crate) const FEWEST: usize = 4;
 /// By how much the next level is below the last.
 const STEP: f64 = 0.003;
 
+/// How many steps one level is aimed at; then one half as far.
+const TRIES: u32 = 12;
+
 /// How many experts are tried as the one to lose a replica, and as the one to gain it.
 const GIVERS: usize = 3;
 const TAKERS: usize = 4;
@@ -189,16 +192,26 @@ pub(crate) fn improve(
     let target = (f64::from(mean.max(largest)) * (1.0 + loose)) as i32;
     best.clear();
     best.extend_from_slice(count);
-    let mut aim = Aim::new(f64::from(level) * (1.0 - STEP));
+    let mut reach = STEP;
+    let mut tries = 0;
+    let mut aim = Aim::new(f64::from(level) * (1.0 - reach));
     let mut short = restart(aim, weight, count, spare, givers);
     while level > target && !givers.is_empty() && fuel.step() {
-        if short == 0 {
-            let new = level_of(weight, count, replicated, items);
-            if new < level {
-                level = new;
-                best.copy_from_slice(count);
+        tries += 1;
+        if short == 0 || tries > TRIES {
+            if short == 0 {
+                let new = level_of(weight, count, replicated, items);
+                if new < level {
+                    level = new;
+                    best.copy_from_slice(count);
+                }
+                reach = STEP.min(2.0 * reach);
+                aim = Aim::new(f64::from(aim.level.min(level)) * (1.0 - reach));
+            } else {
+                reach *= 0.5;
+                aim = Aim::new(f64::from(level) * (1.0 - reach));
             }
-            aim = Aim::new(f64::from(aim.level.min(level)) * (1.0 - STEP));
+            tries = 0;
             short = restart(aim, weight, count, spare, givers);
             continue;
         }

@@ -69,6 +69,8 @@ impl Node {
 #[derive(Debug, Default)]
 pub(crate) struct Assignment {
     nodes: Vec<Node>,
+    /// How many experts a group has.
+    size: usize,
     group_load: Vec<f64>,
     /// Groups, heaviest first.
     order: Vec<u32>,
@@ -92,6 +94,7 @@ impl Assignment {
     /// first assignment found. There is one if the nodes have room for all groups.
     pub(crate) fn assign(&mut self, topology: &Topology, num_groups: usize, load: &[f32]) {
         let size = load.len() / num_groups;
+        self.size = size;
         self.nodes.clear();
         let nodes = (0..topology.num_nodes()).map(|node| Node::of(topology, node));
         self.nodes.extend(nodes);
@@ -169,13 +172,21 @@ impl Assignment {
         let group = group as usize;
         let more = self.group_load[group];
         let most = self.level * (1.0 - BETTER);
+        // No node stays empty that need not.
+        let size = self.size;
+        let empty = |slots: usize, node: &Node| slots == node.slots && slots >= size;
+        let nodes = self.slots.iter().zip(&self.nodes);
+        let empties = nodes.filter(|&(&slots, node)| empty(slots, node)).count();
+        let only_empty = empties == self.order.len() - depth;
         // Nodes by what they would take, lightest first: the first descent is the greedy one.
         let mut last = (f64::NEG_INFINITY, 0);
         loop {
             let mut next: Option<(f64, usize)> = None;
             for (index, node) in self.nodes.iter().enumerate() {
                 let after = ((self.load[index] + more) / node.speed, index);
-                let fits = self.need[group * self.nodes.len() + index] <= self.slots[index];
+                let slots = self.slots[index];
+                let fits = self.need[group * self.nodes.len() + index] <= slots
+                    && (!only_empty || empty(slots, node));
                 if fits && after > last && next.is_none_or(|next| after < next) {
                     next = Some(after);
                 }

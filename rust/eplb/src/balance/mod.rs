@@ -10,6 +10,7 @@
 //! same placement on every machine.
 
 mod counts;
+mod crossing;
 mod fill;
 mod fold;
 mod fuel;
@@ -51,6 +52,8 @@ pub(crate) struct Scratch {
     search: ranks::Scratch,
     numbers: Vec<u32>,
     groups: Assignment,
+    crossing: crossing::Scratch,
+    free: Vec<Replica>,
     home: Ranks,
     local: Vec<u32>,
     node_of: Vec<u32>,
@@ -64,11 +67,13 @@ pub(crate) fn level_of_mean(topology: &Topology) -> f64 {
 }
 
 /// What the policy is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Shape {
     pub(crate) num_experts: usize,
     /// In how many groups experts are that stay on one node; 1 where there is no such rule.
     num_groups: usize,
+    /// What a token costs that crosses to another node, where groups may leave theirs at a price.
+    crossing_cost: Option<f64>,
 }
 
 impl Shape {
@@ -94,6 +99,7 @@ impl Shape {
             return Ok(Self {
                 num_experts,
                 num_groups,
+                crossing_cost: None,
             });
         }
         require_multiple("num_experts", num_experts, "num_groups", num_groups)?;
@@ -116,6 +122,59 @@ impl Shape {
         Ok(Self {
             num_experts,
             num_groups,
+            crossing_cost: None,
+        })
+    }
+
+    /// Refuses a rule for groups that leaves a live node without any.
+    ///
+    /// # Errors
+    /// Infeasible if a node cannot hold a group, or if there are fewer groups than nodes.
+    pub(crate) fn check_no_idle_node(&self, topology: &Topology) -> Result<()> {
+        if !self.keeps_groups() {
+            return Ok(());
+        }
+        let size = self.num_experts / self.num_groups;
+        let slots = (0..topology.num_nodes()).map(|node| node_slots(topology, node));
+        let live = slots.clone().filter(|&slots| slots > 0).count();
+        let narrow = slots
+            .clone()
+            .filter(|&slots| 0 < slots && slots < size)
+            .count();
+        if narrow == 0 && live <= self.num_groups {
+            return Ok(());
+        }
+        Err(Error::infeasible(
+            Code::TooSmall,
+            "topology",
+            format!("{live} live nodes, {narrow} of them too small for a group"),
+            format!(
+                "of at most {} nodes, each with room for a group of {size} experts",
+                self.num_groups
+            ),
+            "slots of the others would stay empty; group_rule=\"free\" fills them",
+        ))
+    }
+
+    /// The same, if groups may leave their node at a price. Where groups cannot all stay on a node,
+    /// or a node would have none, there is no rule.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), but for groups that fit on no node.
+    pub(crate) fn priced(
+        topology: &Topology,
+        num_experts: usize,
+        num_groups: usize,
+        crossing_cost: f64,
+    ) -> Result<Self> {
+        let free = Self::new(topology, num_experts, 1)?;
+        require_multiple("num_experts", num_experts, "num_groups", num_groups)?;
+        Ok(match Self::new(topology, num_experts, num_groups) {
+            Ok(shape) if shape.check_no_idle_node(topology).is_ok() => Self {
+                crossing_cost: Some(crossing_cost),
+                ..shape
+            },
+            _ => free,
         })
     }
 
@@ -169,16 +228,56 @@ pub(crate) fn plan_layers(
                 scratch.solve(&mut fuel);
                 scratch.write(topology, slots);
             }
+            if let Some(cost) = shape.crossing_cost {
+                scratch.price_groups(topology, shape, cost, &mut fuel.refilled(), load, slots);
+            }
         } else {
-            scratch.part.set_ranks(topology.live_gpus());
-            scratch.part.set_experts(0..shape.num_experts as u32, load);
-            scratch.solve(&mut fuel);
-            scratch.write(topology, slots);
+            scratch.solve_whole(topology, &mut fuel, load, slots);
         }
     }
 }
 
 impl Scratch {
+    /// Plans a layer without regard to nodes.
+    #[inline(always)]
+    fn solve_whole(
+        &mut self,
+        topology: &Topology,
+        fuel: &mut Fuel,
+        load: &[f32],
+        slots: &mut [Replica],
+    ) {
+        self.part.set_ranks(topology.live_gpus());
+        self.part.set_experts(0..load.len() as u32, load);
+        self.solve(fuel);
+        self.write(topology, slots);
+    }
+
+    /// Lets groups leave their node at a price.
+    fn price_groups(
+        &mut self,
+        topology: &Topology,
+        shape: &Shape,
+        cost: f64,
+        fuel: &mut Fuel,
+        load: &[f32],
+        slots: &mut [Replica],
+    ) {
+        let mut free = std::mem::take(&mut self.free);
+        free.clear();
+        free.resize(slots.len(), Replica::NONE);
+        self.numbers.fill(0);
+        self.solve_whole(topology, fuel, load, &mut free);
+        let price = crossing::Price {
+            topology,
+            load,
+            group_size: shape.num_experts / shape.num_groups,
+            cost,
+        };
+        crossing::settle(&price, slots, &free, &mut self.crossing);
+        self.free = free;
+    }
+
     /// Makes the part of a node: its ranks and the experts of its groups.
     fn take_node(&mut self, topology: &Topology, shape: &Shape, node: usize, load: &[f32]) {
         let size = shape.num_experts / shape.num_groups;
