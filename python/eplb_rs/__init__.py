@@ -14,11 +14,14 @@ loads, :mod:`eplb_rs.testing` helps to property-test placements.
 from eplb_rs._core import Topology, __version__
 from eplb_rs.deepseek import rebalance_experts
 from eplb_rs.errors import InfeasibleError, InvalidInputError, PlanError
-from eplb_rs.plan import Plan
+from eplb_rs.explanation import Explanation, explain
+from eplb_rs.plan import GroupCost, Plan
 from eplb_rs.planner import Milestone, PlanBuffers, Planner, Timing
 from eplb_rs.transfers import Transfers
 
 __all__ = [
+    "Explanation",
+    "GroupCost",
     "InfeasibleError",
     "InvalidInputError",
     "Milestone",
@@ -30,5 +33,6 @@ __all__ = [
     "Topology",
     "Transfers",
     "__version__",
+    "explain",
     "rebalance_experts",
 ]

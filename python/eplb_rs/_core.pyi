@@ -14,8 +14,8 @@ __all__ = [
     "StepPlanner",
     "Topology",
     "__version__",
+    "bounds",
     "check_groups",
-    "lower_bound",
     "partition_layers",
     "schedule_methods",
     "search_schedules",
@@ -155,6 +155,7 @@ class Planner:
         group_rule: str = "strict",
         iterations: int | None = None,
         time_limit_us: float | None = None,
+        crossing_cost: float = 1.0,
     ) -> Self: ...
     @property
     def topology(self) -> Topology: ...
@@ -168,6 +169,8 @@ class Planner:
     def release_gil(self) -> bool | None: ...
     @property
     def group_rule(self) -> str: ...
+    @property
+    def crossing_cost(self) -> float: ...
     @property
     def iterations(self) -> int | None: ...
     @property
@@ -251,9 +254,11 @@ class StepPlanner:
         by_source: npt.NDArray[np.int32] | npt.NDArray[np.int64] | None = None,
     ) -> tuple[int, int, int]: ...
 
-def lower_bound(load: npt.NDArray[np.float32], topology: Topology) -> npt.NDArray[np.float64]: ...
+def bounds(
+    load: npt.NDArray[np.float32], topology: Topology, num_groups: int
+) -> npt.NDArray[np.float64]: ...
 def tight_lower_bound(
-    load: npt.NDArray[np.float32], topology: Topology, upper: Sequence[float]
+    load: npt.NDArray[np.float32], topology: Topology, num_groups: int, upper: Sequence[float]
 ) -> npt.NDArray[np.float64]: ...
 def transfers(
     previous: Placement, following: Placement, by_layer: bool

@@ -22,6 +22,7 @@ import numpy as np
 from eplb_rs import _core
 from eplb_rs._files import write_whole
 from eplb_rs.errors import InvalidInputError, PlanError
+from eplb_rs.explanation import explain
 from eplb_rs.loads import read_loads
 from eplb_rs.plan import Plan
 from eplb_rs.planner import GroupRule, Planner, PolicyName
@@ -76,6 +77,15 @@ examples:
   eplb show plan.json --layer 12
       what each rank holds and carries in one layer
   eplb show plan.json --plot plan.svg
+
+exit codes: 0; 2 for input that was refused; 130 if interrupted
+"""
+
+_EXPLAIN_EXAMPLES = """\
+examples:
+  eplb explain plan.json
+      which constraint binds in which layer, and what would help
+  eplb explain plan.json --json
 
 exit codes: 0; 2 for input that was refused; 130 if interrupted
 """
@@ -144,6 +154,16 @@ def _show(arguments: argparse.Namespace) -> int:
     return _show_report(Report(plan=Plan.load(arguments.plan)), arguments)
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    explanation = explain(Plan.load(arguments.plan), mend=not arguments.no_mends)
+    if arguments.json:
+        text = json.dumps(explanation.figures(), indent=2, allow_nan=False) + "\n"
+    else:
+        text = explanation.text(top=arguments.top)
+    _print(text, sys.stdout)
+    return 0
+
+
 def _show_report(report: Report, arguments: argparse.Namespace) -> int:
     layer = arguments.layer
     if arguments.json:
@@ -209,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="eplb",
         description="Plans where the experts of a mixture-of-experts model live.",
-        epilog="eplb plan --help and eplb show --help give examples.",
+        epilog="Each command's --help gives examples.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"eplb {_core.__version__}")
@@ -280,6 +300,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="show one layer, rank by rank; numbered as in the model",
     )
+
+    why = _command(commands, "explain", "say why a plan is no better", _EXPLAIN_EXAMPLES)
+    why.set_defaults(run=_explain)
+    why.add_argument("plan", metavar="PLAN", help="a file that eplb plan -o or Plan.save wrote")
+    why.add_argument(
+        "--json",
+        action="store_true",
+        help="print figures for a program, as JSON (eplb_rs.Explanation says which)",
+    )
+    why.add_argument(
+        "--top", type=_count, default=5, metavar="N", help="how many of the worst layers (5)"
+    )
+    why.add_argument("--no-mends", action="store_true", help="do not plan what would help; faster")
     return parser
 
 

@@ -9,7 +9,7 @@ import json
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +26,25 @@ if TYPE_CHECKING:
     from eplb_rs._inputs import Load, LoadLike
     from eplb_rs.shares import Shares, Splitter
 
-__all__ = ["Plan"]
+__all__ = ["GroupCost", "Plan"]
 
 _FORMAT = "eplb-rs plan"
 _FORMAT_VERSION = 1
+_GROUP_RULES = ("strict", "priced", "free")
+
+
+class GroupCost(NamedTuple):
+    """What a rule for groups costs, and what it saves."""
+
+    balance: float
+    """Of the plan under the rule; see :class:`Plan`."""
+    balance_without: float
+    """Of a plan that ignores groups."""
+    crossing_share: float
+    """Which part of all tokens is expected to cross to another node, under the rule; see
+    :attr:`Plan.crossing_tokens`."""
+    crossing_share_without: float
+    """The same for the plan that ignores groups."""
 
 
 class Plan:
@@ -47,6 +62,7 @@ class Plan:
     _expert_load: Load
     _num_groups: int
     _policy: str
+    _group_rule: str
     _layer_ids: tuple[int, ...]
 
     def __init__(self) -> None:
@@ -60,6 +76,7 @@ class Plan:
         num_groups: int,
         policy: str,
         layer_ids: Sequence[int] | None,
+        group_rule: str = "free",
     ) -> Self:
         """A plan of parts that fit; the load is copied, since its owner may change it."""
         if not isinstance(policy, str):
@@ -75,6 +92,7 @@ class Plan:
         plan._expert_load.flags.writeable = False
         plan._num_groups = num_groups
         plan._policy = policy
+        plan._group_rule = group_rule
         plan._layer_ids = _checked_layer_ids(layer_ids, placement.num_layers)
         return plan
 
@@ -140,6 +158,11 @@ class Plan:
     def policy(self) -> str:
         """The name of the policy that made it."""
         return self._policy
+
+    @property
+    def group_rule(self) -> str:
+        """The rule for groups it was made under: ``"strict"``, ``"priced"`` or ``"free"``."""
+        return self._group_rule
 
     @property
     def layer_ids(self) -> tuple[int, ...]:
@@ -219,20 +242,87 @@ class Plan:
     def lower_bound(self) -> npt.NDArray[np.float64]:
         """`[L]` float64, a load that some rank carries at least, whatever the placement.
 
-        The larger of the mean rank load and the least largest share of an expert that any number
-        of replicas could give. Of the placement's rules it knows the number of slots and ranks:
-        not that slots are few on each rank, nor that groups stay on a node.
+        The largest of the mean rank load; the least largest share of an expert that any number of
+        replicas could give; what ranks that are slow, or have few slots, can carry; and, under
+        ``group_rule="strict"``, the best assignment of groups to nodes. Where ranks have two
+        slots, :meth:`tight_lower_bound` is higher.
         """
-        return _read_only(_core.lower_bound(self._expert_load, self.topology))
+        return _read_only(self._bounds.max(axis=1))
+
+    @cached_property
+    def _bounds(self) -> npt.NDArray[np.float64]:
+        """`[L, 4]` float64, what :attr:`lower_bound` is the largest of, in that order."""
+        return _core.bounds(self._expert_load, self.topology, self._groups_that_stay)
+
+    @property
+    def _groups_that_stay(self) -> int:
+        """How many groups are each on one node by rule; 1 where there is no such rule, or where
+        the loss of a node has left no way to keep it."""
+        keeps = self._group_rule == "strict" and not self.crossing_tokens.any()
+        return self._num_groups if keeps else 1
+
+    # What groups have to do with it
+
+    @cached_property
+    def crossing_tokens(self) -> npt.NDArray[np.float64]:
+        """`[L]` float64, how many tokens are expected to cross to another node: those of experts
+        that are served off the home of their group, the node that serves most of its tokens (ties
+        to the lowest node). In the unit of the load; each expert's tokens are shared evenly by its
+        replicas.
+
+        With group-limited routing, as in DeepSeek-V3 and R1, a token goes to few groups, and is
+        sent once to each node where it has any. So tokens served at the home of their group cost
+        no further transfer between nodes, and the others one each.
+        """
+        topology = self.topology
+        num_nodes, size = topology.num_nodes, self.num_experts // self._num_groups
+        slots = self.phy2log
+        gpu_of = np.repeat(np.arange(topology.num_gpus), topology.slots)
+        node_of = np.broadcast_to(gpu_of // topology.gpus_per_node, slots.shape)
+        layer, slot = np.nonzero(slots >= 0)
+        expert = slots[layer, slot]
+        share = self._expert_load.astype(np.float64) / self.logcnt
+        served = np.zeros((self.num_layers, self._num_groups, num_nodes))
+        np.add.at(served, (layer, expert // size, node_of[layer, slot]), share[layer, expert])
+        home = served.argmax(axis=2)[..., None]
+        np.put_along_axis(served, home, 0.0, axis=2)
+        return _read_only(served.sum(axis=(1, 2)))
+
+    @property
+    def crossing_share(self) -> float:
+        """:attr:`crossing_tokens` of all layers, as a part of all tokens: 0 where groups stay."""
+        total = float(self._expert_load.sum(dtype=np.float64))
+        return float(self.crossing_tokens.sum()) / total if total > 0 else 0.0
+
+    @cached_property
+    def group_cost(self) -> GroupCost:
+        """What the rule for groups costs: this plan beside one of the balanced policy, with its
+        default budget, that ignores groups.
+
+        Cost: that plan, once; see :class:`Planner`.
+        """
+        from eplb_rs.planner import Planner
+
+        planner = Planner(self.topology, self._num_groups, "balanced", group_rule="free")
+        free = planner.plan(self._expert_load)
+        return GroupCost(
+            balance=self.balance,
+            balance_without=free.balance,
+            crossing_share=self.crossing_share,
+            crossing_share_without=free.crossing_share,
+        )
 
     def tight_lower_bound(self) -> npt.NDArray[np.float64]:
         """`[L]` float64, a bound at least as high as :attr:`lower_bound`, which takes longer.
 
-        It is higher where ranks are alike and have two slots: there it proves, with prices on the
-        sizes of replicas, that no choice of counts does better. About 10 ms a layer.
+        It is higher where live ranks are equally fast and have two slots, or some of them one:
+        there it proves, with prices on the sizes of replicas, that no choice of counts does better.
+
+        Cost: 0.2 to 3 ms a layer of 256 experts on 288 slots of 144 GPUs, by the load.
         """
         upper = self.rank_time.max(axis=1).tolist()
-        return _core.tight_lower_bound(self._expert_load, self.topology, upper)
+        groups = self._groups_that_stay
+        return _read_only(_core.tight_lower_bound(self._expert_load, self.topology, groups, upper))
 
     @property
     def gap(self) -> float:
@@ -292,7 +382,8 @@ class Plan:
         expert_load = as_load(load)
         self._placement.rank_load(expert_load)  # refuses what is no load, or does not fit
         ids = self._layer_ids
-        return self._made(self._placement, expert_load, self._num_groups, self._policy, ids)
+        groups, rule = self._num_groups, self._group_rule
+        return self._made(self._placement, expert_load, groups, self._policy, ids, rule)
 
     def with_shares(self, load: LoadLike | None = None) -> Shares:
         """The best split of a load over the replicas there are, without moving a weight.
@@ -334,6 +425,7 @@ class Plan:
             },
             "num_groups": self._num_groups,
             "policy": self._policy,
+            "group_rule": self._group_rule,
             "layer_ids": list(self._layer_ids),
             "phy2log": self.phy2log.tolist(),
             "log2phy": slots,
@@ -368,6 +460,9 @@ class Plan:
             log2phy, logcnt = _padded(fields["log2phy"], expert_load.shape, _live_slots(topology))
             num_groups = _checked_groups(fields["num_groups"], num_experts)
             policy, layer_ids = fields["policy"], fields["layer_ids"]
+            group_rule = fields.get("group_rule", "free")
+            if group_rule not in _GROUP_RULES:
+                raise ValueError(f"group_rule {group_rule!r}")
         except InvalidInputError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -379,7 +474,7 @@ class Plan:
             placement.rank_load(expert_load)  # refuses what is no load
         except InvalidInputError as error:
             raise error.renamed("expert_load") from None
-        return cls._made(placement, expert_load, num_groups, policy, layer_ids)
+        return cls._made(placement, expert_load, num_groups, policy, layer_ids, group_rule)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes :meth:`to_json` to a file."""
@@ -416,6 +511,7 @@ class Plan:
             self._num_groups,
             self._policy,
             self._layer_ids,
+            self._group_rule,
         )
         return _rebuild, (type(self), *parts)
 
@@ -450,11 +546,12 @@ def _rebuild(
     num_groups: int,
     policy: str,
     layer_ids: tuple[int, ...],
+    group_rule: str = "free",
 ) -> Plan:
     placement = _core.Placement(
         topology, num_experts, phy2log.ravel(), log2phy.ravel(), logcnt.ravel()
     )
-    return cls._made(placement, expert_load, num_groups, policy, layer_ids)
+    return cls._made(placement, expert_load, num_groups, policy, layer_ids, group_rule)
 
 
 def _live_slots(topology: _core.Topology) -> int:

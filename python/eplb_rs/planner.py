@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["GroupRule", "Milestone", "PlanBuffers", "Planner", "PolicyName", "Timing"]
 
 PolicyName: TypeAlias = Literal["balanced", "deepseek", "trivial"]
-GroupRule: TypeAlias = Literal["strict", "free"]
+GroupRule: TypeAlias = Literal["strict", "priced", "free"]
 
 
 class Timing(NamedTuple):
@@ -84,7 +84,14 @@ class Planner:
             plan. A caller with a latency budget passes ``False``; one whose other threads must not
             wait, ``True``. :attr:`last_timing` reports the wait.
         group_rule: Under ``policy="balanced"``, ``"strict"`` keeps each group of experts on one
-            node, ``"free"`` ignores groups. A model with one group has no rule.
+            node, ``"free"`` ignores groups, and ``"priced"`` lets experts leave the home of their
+            group, the node that serves most of its tokens, at ``crossing_cost``. A model with one
+            group has no rule. :attr:`Plan.group_cost` says what a rule costs and saves.
+        crossing_cost: Under ``group_rule="priced"``, what a token costs that is expected to cross to
+            another node (:attr:`Plan.crossing_tokens`), in tokens that a rank computes; by default
+            1. Made least is the load of the heaviest rank plus this times the tokens that cross, as
+            a mean over ranks: 0 is ``"free"``, a high price ``"strict"``. Where nodes have no room
+            for whole groups, groups are ignored; :meth:`plan` with ``previous``, too, ignores them.
         iterations: Under ``policy="balanced"``, how many steps the search may take for a layer;
             by default 1,000. The same plan on every machine. Layers that are even enough stop
             sooner; more steps never give a worse plan.
@@ -119,6 +126,7 @@ class Planner:
         group_rule: GroupRule = "strict",
         iterations: int | None = None,
         time_limit_us: float | None = None,
+        crossing_cost: float | None = None,
     ) -> None:
         if not isinstance(policy, str):
             raise _wrong_type("policy", policy, "a string")
@@ -129,9 +137,10 @@ class Planner:
         if not isinstance(group_rule, str):
             raise _wrong_type("group_rule", group_rule, "a string")
         rule = group_rule.encode(errors="replace").decode()
+        cost = _checked_cost(crossing_cost, rule)
         limit = _checked_budget(iterations, time_limit_us)
         self._core = _core.Planner(
-            as_topology(topology), num_groups, known, threads, release, rule, *limit
+            as_topology(topology), num_groups, known, threads, release, rule, *limit, cost
         )
 
     @property
@@ -163,6 +172,11 @@ class Planner:
     def group_rule(self) -> str:
         """What the balanced policy makes of groups of experts."""
         return self._core.group_rule
+
+    @property
+    def crossing_cost(self) -> float | None:
+        """What a token that crosses costs; ``None`` unless the rule for groups is priced."""
+        return self._core.crossing_cost if self.group_rule == "priced" else None
 
     @property
     def iterations(self) -> int | None:
@@ -226,7 +240,10 @@ class Planner:
             placement = core.plan(array)
         else:
             placement = core.plan_from(array, self._placement_of(previous), _moves(max_moves))
-        return Plan._made(placement, array, core.num_groups, core.policy, layer_ids)
+        rule = "strict" if core.keeps_groups else "free"
+        if core.policy == "balanced" and core.group_rule == "priced" and previous is None:
+            rule = "priced"
+        return Plan._made(placement, array, core.num_groups, core.policy, layer_ids, rule)
 
     def frontier(self, load: LoadLike, previous: Plan) -> list[Milestone]:
         """Balance against moves, from the plan in force.
@@ -385,6 +402,7 @@ class Planner:
         settings = {
             "release_gil": self.release_gil,
             "group_rule": self.group_rule,
+            "crossing_cost": self.crossing_cost,
             "iterations": self.iterations,
             "time_limit_us": self.time_limit_us,
         }
@@ -397,6 +415,23 @@ def _rebuild(arguments: tuple[Any, ...], settings: dict[str, Any]) -> Planner:
 
 def _moves(max_moves: int | None) -> int | None:
     return None if max_moves is None else as_count(max_moves, "max_moves", least=0)
+
+
+def _checked_cost(crossing_cost: float | None, rule: str) -> float:
+    if crossing_cost is None:
+        return 1.0
+    if rule != "priced":
+        raise InvalidInputError(
+            code="inconsistent",
+            argument="crossing_cost",
+            got=repr(crossing_cost),
+            expected="None unless the rule for groups is priced",
+            hint='group_rule="priced"',
+        )
+    try:
+        return float(crossing_cost)
+    except (TypeError, ValueError, OverflowError):
+        raise _wrong_type("crossing_cost", crossing_cost, "a number or None") from None
 
 
 def _checked_budget(

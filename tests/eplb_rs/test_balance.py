@@ -78,39 +78,6 @@ def test_a_layer_does_not_depend_on_the_others() -> None:
         assert np.array_equal(planner.plan(load[layer : layer + 1]).phy2log[0], whole[layer])
 
 
-def test_groups_are_spread_as_well_as_can_be() -> None:
-    load = lognormal(1.0, 20)
-    topology = Topology(4, 8, 9)
-    plan = Planner(topology, 8, "balanced").plan(load)
-    check(plan)
-    node = plan.phy2log.reshape(20, 4, 72)
-    groups = load.reshape(20, 8, 32).sum(axis=2, dtype=np.float64)
-    for layer in range(20):
-        of_node = [set((slots // 32).tolist()) for slots in node[layer]]
-        assert sum(map(len, of_node)) == 8  # no group on two nodes
-        best = min(
-            max(groups[layer, list(pair)].sum() for pair in pairs) for pairs in _pairings(range(8))
-        )
-        got = max(groups[layer, list(held)].sum() for held in of_node)
-        assert got == pytest.approx(best)
-    free = Planner(topology, 8, "balanced", group_rule="free").plan(load)
-    assert free.balance > plan.balance
-
-
-def _pairings(items: range) -> list[list[tuple[int, ...]]]:
-    def pair(left: tuple[int, ...]) -> list[list[tuple[int, ...]]]:
-        if not left:
-            return [[]]
-        first, rest = left[0], left[1:]
-        return [
-            [(first, other), *more]
-            for other in rest
-            for more in pair(tuple(item for item in rest if item != other))
-        ]
-
-    return pair(tuple(items))
-
-
 def test_groups_need_not_divide_over_nodes() -> None:
     load = lognormal(0.5, 4, 60)
     plan = Planner(Topology(3, 4, 10), 5, "balanced").plan(load)

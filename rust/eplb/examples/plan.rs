@@ -17,7 +17,7 @@ fn main() -> eplb::Result<()> {
 
     // Four nodes of eight GPUs; nine slots on each, one more than the experts need.
     let topology = Topology::new(4, 8, 9)?;
-    let bound: f64 = lower_bound(&load, &topology)?.iter().sum();
+    let bound: f64 = lower_bound(&load, &topology, 1)?.iter().sum();
     let total: f64 = tokens.iter().copied().map(f64::from).sum();
     let mean = total / topology.num_gpus() as f64;
     println!("{:<28} {:>8} {:>10}", "plan", "balance", "time");

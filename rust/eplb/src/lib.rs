@@ -16,7 +16,7 @@
 //! let placement = planner.plan(&load)?;
 //! assert_eq!(placement.phy2log().len(), 12);
 //! let heaviest = placement.rank_load(&load)?.into_iter().fold(0.0, f64::max);
-//! assert!(heaviest >= lower_bound(&load, planner.topology())?[0]);
+//! assert!(heaviest >= lower_bound(&load, planner.topology(), 2)?[0]);
 //! # Ok::<(), eplb::Error>(())
 //! ```
 //!
@@ -52,7 +52,7 @@ mod pack;
 mod trivial;
 
 pub use balance::Budget;
-pub use bound::{lower_bound, tight_lower_bound};
+pub use bound::{Bound, bounds, lower_bound, tight_lower_bound};
 pub use error::{Code, Error, Refusal, Result};
 pub use load::Load;
 pub use migrate::Milestone;

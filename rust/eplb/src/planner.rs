@@ -58,19 +58,23 @@ pub enum GroupRule {
     /// All replicas of a group stay on one node.
     #[default]
     Strict,
+    /// A group has a home, the node that serves most of its tokens, and may leave it at a
+    /// [price](Planner::with_crossing_cost).
+    Priced,
     /// Any expert may be anywhere.
     Free,
 }
 
 impl GroupRule {
     /// All rules.
-    pub const ALL: [Self; 2] = [Self::Strict, Self::Free];
+    pub const ALL: [Self; 3] = [Self::Strict, Self::Priced, Self::Free];
 
     /// The name it goes by in Python and on the command line.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Strict => "strict",
+            Self::Priced => "priced",
             Self::Free => "free",
         }
     }
@@ -91,6 +95,7 @@ pub struct Planner {
     policy: Policy,
     budget: Budget,
     group_rule: GroupRule,
+    crossing_cost: f64,
     num_threads: usize,
     threads: Option<ThreadPool>,
     /// Scratch of calls that have ended, for those to come.
@@ -152,6 +157,7 @@ impl Planner {
             policy,
             budget: Budget::DEFAULT,
             group_rule: GroupRule::default(),
+            crossing_cost: 1.0,
             num_threads,
             threads,
             idle: Mutex::default(),
@@ -192,6 +198,36 @@ impl Planner {
     #[must_use]
     pub fn with_group_rule(self, group_rule: GroupRule) -> Self {
         Self { group_rule, ..self }
+    }
+
+    /// The same planner with another price under [`GroupRule::Priced`]; 1 unless told.
+    ///
+    /// A token crosses if it is served off the home of its expert's group. What is made least is
+    /// the load of the heaviest rank plus this price times the tokens that cross, as a mean over
+    /// ranks. So 0 is [`GroupRule::Free`], and a high price is [`GroupRule::Strict`].
+    ///
+    /// # Errors
+    /// [`Code::OutOfRange`] unless it is finite and at least 0.
+    pub fn with_crossing_cost(self, crossing_cost: f64) -> Result<Self> {
+        if !crossing_cost.is_finite() || crossing_cost < 0.0 {
+            return Err(Error::invalid(
+                Code::OutOfRange,
+                "crossing_cost",
+                crossing_cost,
+                "finite and at least 0",
+                "0 is group_rule=\"free\", and no price at all is \"strict\"",
+            ));
+        }
+        Ok(Self {
+            crossing_cost,
+            ..self
+        })
+    }
+
+    /// What a token that crosses costs under [`GroupRule::Priced`].
+    #[must_use]
+    pub fn crossing_cost(&self) -> f64 {
+        self.crossing_cost
     }
 
     /// How much its search may cost.
@@ -336,7 +372,7 @@ impl Planner {
     fn compute(&self, load: &Load<'_>, scratch: &mut Scratch) -> Result<()> {
         let num_slots = self.topology.num_slots();
         match self.policy {
-            Policy::Balanced => drop(self.balanced_shape(load.num_experts())?),
+            Policy::Balanced => drop(self.fresh_shape(load.num_experts())?),
             _ => drop(self.reference_shape(load.num_experts())?),
         }
         let length = load.num_layers().checked_mul(num_slots);
@@ -362,7 +398,7 @@ impl Planner {
                 }
             }
             Policy::Balanced => {
-                let shape = self.balanced_shape(load.num_experts())?;
+                let shape = self.fresh_shape(load.num_experts())?;
                 let plan =
                     |loads: &[f32], slots: &mut [Replica], scratch: &mut balance::Scratch| {
                         balance::plan_layers(
@@ -424,6 +460,23 @@ impl Planner {
             1
         };
         balance::Shape::new(&self.topology, num_experts, groups)
+    }
+
+    /// As [`balanced_shape`](Self::balanced_shape), for plans from scratch: with the price of
+    /// leaving a node, and no node without a group.
+    fn fresh_shape(&self, num_experts: usize) -> Result<balance::Shape> {
+        let nodes = self.topology.num_nodes();
+        if self.group_rule != GroupRule::Priced || self.num_groups == 1 || nodes == 1 {
+            let shape = self.balanced_shape(num_experts)?;
+            shape.check_no_idle_node(&self.topology)?;
+            return Ok(shape);
+        }
+        balance::Shape::priced(
+            &self.topology,
+            num_experts,
+            self.num_groups,
+            self.crossing_cost,
+        )
     }
 
     fn reference_shape(&self, num_experts: usize) -> Result<deepseek::Shape> {

@@ -172,7 +172,8 @@ proptest! {
         let (p, l, c) = placement.clone().into_parts();
         prop_assert_eq!(&Placement::new(topology.clone(), experts, p, l, c).unwrap(), &placement);
         let ranks = placement.rank_load(&load).unwrap();
-        let bounds = eplb::lower_bound(&load, &topology).unwrap();
+        let together = if planner.keeps_groups() { groups } else { 1 };
+        let bounds = eplb::lower_bound(&load, &topology, together).unwrap();
         for ((ranks, row), bound) in ranks.chunks(topology.num_gpus()).zip(load.layers()).zip(bounds) {
             let total: f64 = row.iter().map(|&load| f64::from(load)).sum();
             let carried: f64 = ranks.iter().sum();

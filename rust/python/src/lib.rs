@@ -20,7 +20,7 @@ mod topology;
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use crate::placement::{Placement, lower_bound, tight_lower_bound, transfers};
+    use crate::placement::{Placement, bounds, tight_lower_bound, transfers};
     #[pymodule_export]
     use crate::planner::{Planner, check_groups};
     #[pymodule_export]

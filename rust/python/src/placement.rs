@@ -157,30 +157,35 @@ pub(crate) fn transfers<'py>(
     PyArray1::from_vec(py, table).reshape([list.len(), 7])
 }
 
+/// Lower bounds on the largest rank load of each layer, float64 `[num_layers, 4]`, for any placement
+/// on these machines: by the mean, the least largest share, ranks that differ, groups that stay.
+#[pyfunction]
+pub(crate) fn bounds<'py>(
+    py: Python<'py>,
+    load: &Bound<'py, PyArray2<f32>>,
+    topology: &Topology,
+    num_groups: usize,
+) -> PyResult<Bound<'py, PyArray2<f64>>> {
+    let load = LoadArray::new(load)?;
+    let bounds = eplb::bounds(&load.checked()?, &topology.0, num_groups);
+    let bounds = bounds.map_err(|error| plan_error(py, &error))?;
+    let values = bounds
+        .iter()
+        .flat_map(|bound| [bound.mean, bound.share, bound.ranks, bound.groups]);
+    PyArray1::from_iter(py, values).reshape([bounds.len(), 4])
+}
+
 /// A tighter bound, which costs more; `upper` is what a placement reaches in each layer.
 #[pyfunction]
 pub(crate) fn tight_lower_bound<'py>(
     py: Python<'py>,
     load: &Bound<'py, PyArray2<f32>>,
     topology: &Topology,
+    num_groups: usize,
     upper: Vec<f64>,
 ) -> PyResult<Bound<'py, PyArray1<f64>>> {
     let load = LoadArray::new(load)?;
-    let bound = eplb::tight_lower_bound(&load.checked()?, &topology.0, &upper);
-    let bound = bound.map_err(|error| plan_error(py, &error))?;
-    Ok(PyArray1::from_vec(py, bound))
-}
-
-/// A lower bound on the largest rank load of each layer, float64 `[num_layers]`, for any
-/// placement on these machines.
-#[pyfunction]
-pub(crate) fn lower_bound<'py>(
-    py: Python<'py>,
-    load: &Bound<'py, PyArray2<f32>>,
-    topology: &Topology,
-) -> PyResult<Bound<'py, PyArray1<f64>>> {
-    let load = LoadArray::new(load)?;
-    let bound = eplb::lower_bound(&load.checked()?, &topology.0);
+    let bound = eplb::tight_lower_bound(&load.checked()?, &topology.0, num_groups, &upper);
     let bound = bound.map_err(|error| plan_error(py, &error))?;
     Ok(PyArray1::from_vec(py, bound))
 }

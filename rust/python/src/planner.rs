@@ -46,7 +46,7 @@ impl Planner {
     #[new]
     #[pyo3(signature = (
         topology, num_groups, policy, threads, release_gil,
-        group_rule="strict", iterations=None, time_limit_us=None,
+        group_rule="strict", iterations=None, time_limit_us=None, crossing_cost=1.0,
     ))]
     #[expect(
         clippy::too_many_arguments,
@@ -62,6 +62,7 @@ impl Planner {
         group_rule: &str,
         iterations: Option<u32>,
         time_limit_us: Option<f64>,
+        crossing_cost: f64,
     ) -> PyResult<Self> {
         let known = Policy::from_name(policy).ok_or_else(|| {
             let names: Vec<_> = Policy::ALL.iter().map(|policy| policy.name()).collect();
@@ -90,7 +91,8 @@ impl Planner {
             count(num_groups, "num_groups")?,
             known,
             count(threads, "threads")?,
-        );
+        )
+        .and_then(|planner| planner.with_crossing_cost(crossing_cost));
         Ok(Self {
             planner: planner
                 .map_err(|error| plan_error(py, &error))?
@@ -121,6 +123,11 @@ impl Planner {
     #[getter]
     fn group_rule(&self) -> &'static str {
         self.planner.group_rule().name()
+    }
+
+    #[getter]
+    fn crossing_cost(&self) -> f64 {
+        self.planner.crossing_cost()
     }
 
     #[getter]

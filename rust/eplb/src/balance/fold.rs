@@ -10,9 +10,11 @@
 //! The search keeps, for [`BINS`] sizes, how many partners are to spare, and moves replicas from
 //! expert to expert until none is short; then it aims lower.
 
-use super::counts::share;
+use super::counts::{self, share};
 use super::fuel::Fuel;
+use super::part::Part;
 use super::random::Random;
+use super::ranks::Ranks;
 
 /// Sizes between `T / 2` and `T` that are told apart.
 const BINS: usize = 128;
@@ -24,19 +26,30 @@ pub(crate) const FEWEST: usize = 4;
 /// By how much the next level is below the last.
 const STEP: f64 = 0.003;
 
+/// How many steps one level is aimed at; then one half as far.
+const TRIES: u32 = 12;
+
 /// How many experts are tried as the one to lose a replica, and as the one to gain it.
 const GIVERS: usize = 3;
 const TAKERS: usize = 4;
 
-/// Scratch of [`improve`].
+/// How far above what no counts can beat the heaviest rank may be for the search to stop, times the
+/// steps it may take.
+const PATIENCE: f64 = 0.02;
+
+/// Scratch of [`improve`] and [`place`].
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     spare: Spare,
     tried: Spare,
-    sorted: Vec<i32>,
+    replicated: Vec<(i32, u32)>,
+    /// Shares and experts, largest share first.
+    items: Vec<(i32, u32)>,
     /// Experts with more than one replica.
     givers: Vec<u32>,
     best: Vec<u32>,
+    /// All replicas, largest first.
+    order: Vec<(i32, u32)>,
 }
 
 /// How many more partners than replicas there are, of each size and above.
@@ -78,10 +91,10 @@ impl Aim {
         }
     }
 
-    /// Adds `times` replicas of a share: those above half of the level need a partner, the others
-    /// are one.
+    /// The last size that replicas of a share have to do with, and by how much they change what is
+    /// to spare: those above half of the level need a partner, the others are one.
     #[inline(always)]
-    fn add(self, spare: &mut Spare, share: i32, times: i16) {
+    fn place(self, share: i32, times: i16) -> (usize, i16) {
         let rest = self.level - share;
         let (size, sign) = if share > rest {
             (share, -times)
@@ -89,9 +102,15 @@ impl Aim {
             (rest, times)
         };
         let above_half = (f64::from(size) - f64::from(self.level) * 0.5) * self.bins_per_unit;
-        let bin = (above_half as usize).min(BINS - 1);
-        for spare in &mut spare.0[..=bin] {
-            *spare += sign;
+        ((above_half as usize).min(BINS - 1), sign)
+    }
+
+    /// Adds `times` replicas of a share.
+    #[inline(always)]
+    fn add(self, spare: &mut Spare, share: i32, times: i16) {
+        let (last, more) = self.place(share, times);
+        for spare in &mut spare.0[..=last] {
+            *spare += more;
         }
     }
 
@@ -110,58 +129,89 @@ impl Aim {
     }
 }
 
-/// The load of the heaviest rank that counts lead to.
+/// The load of the heaviest rank that counts lead to, heaviest with lightest.
 #[inline(always)]
-fn level_of(weight: &[i32], count: &[u32], sorted: &mut Vec<i32>) -> i32 {
-    sorted.clear();
-    for (&weight, &count) in weight.iter().zip(count) {
-        let share = share(weight, count);
-        for _ in 0..count {
-            sorted.push(share);
+fn level_of(
+    weight: &[i32],
+    count: &[u32],
+    replicated: &mut Vec<(i32, u32)>,
+    items: &mut Vec<(i32, u32)>,
+) -> i32 {
+    counts::list(weight, count, replicated, items);
+    let count_of = |item: usize| count[items[item].1 as usize];
+    let (mut first, mut last) = (0, items.len() - 1);
+    let (mut large, mut small) = (count_of(first), count_of(last));
+    let mut level = 0;
+    while first < last {
+        level = level.max(items[first].0 + items[last].0);
+        let pairs = large.min(small);
+        (large, small) = (large - pairs, small - pairs);
+        if large == 0 {
+            first += 1;
+            large = count_of(first);
+        }
+        if small == 0 && last > 0 {
+            last -= 1;
+            small = count_of(last);
         }
     }
-    sorted.sort_unstable();
-    let (small, large) = sorted.split_at(sorted.len() / 2);
-    let pairs = small.iter().zip(large.iter().rev());
-    pairs.map(|(a, b)| a + b).max().unwrap_or(0)
+    if first == last && large.min(small) > 1 {
+        level = level.max(2 * items[first].0);
+    }
+    level
 }
 
-/// Improves counts, none beyond `most`, for weights in descending order, until the heaviest rank
-/// carries no more than `target`; returns what it carries then, if no pair has to be parted because
-/// it is one expert's.
+/// Improves [greedy](counts::greedy) counts, none beyond `most`, for weights in descending order,
+/// until the heaviest rank carries little more than the mean or the least largest share; returns
+/// what it carries then, if no pair has to be parted because it is one expert's.
 #[inline(always)]
 pub(crate) fn improve(
     weight: &[i32],
     count: &mut [u32],
     most: u32,
-    target: i32,
+    mean: i32,
     fuel: &mut Fuel,
     scratch: &mut Scratch,
 ) -> i32 {
     let Scratch {
         spare,
         tried,
-        sorted,
+        replicated,
+        items,
         givers,
         best,
+        ..
     } = scratch;
     if count.iter().any(|&count| count > i16::MAX as u32) {
         return i32::MAX;
     }
     let mut random = Random::new();
-    let mut level = level_of(weight, count, sorted);
+    let mut level = level_of(weight, count, replicated, items);
+    let largest = items.first().map_or(0, |&(share, _)| share);
+    let loose = PATIENCE / f64::from(fuel.capacity.max(1));
+    let target = (f64::from(mean.max(largest)) * (1.0 + loose)) as i32;
     best.clear();
     best.extend_from_slice(count);
-    let mut aim = Aim::new(f64::from(level) * (1.0 - STEP));
+    let mut reach = STEP;
+    let mut tries = 0;
+    let mut aim = Aim::new(f64::from(level) * (1.0 - reach));
     let mut short = restart(aim, weight, count, spare, givers);
     while level > target && !givers.is_empty() && fuel.step() {
-        if short == 0 {
-            let new = level_of(weight, count, sorted);
-            if new < level {
-                level = new;
-                best.copy_from_slice(count);
+        tries += 1;
+        if short == 0 || tries > TRIES {
+            if short == 0 {
+                let new = level_of(weight, count, replicated, items);
+                if new < level {
+                    level = new;
+                    best.copy_from_slice(count);
+                }
+                reach = STEP.min(2.0 * reach);
+                aim = Aim::new(f64::from(aim.level.min(level)) * (1.0 - reach));
+            } else {
+                reach *= 0.5;
+                aim = Aim::new(f64::from(level) * (1.0 - reach));
             }
-            aim = Aim::new(f64::from(aim.level.min(level)) * (1.0 - STEP));
+            tries = 0;
             short = restart(aim, weight, count, spare, givers);
             continue;
         }
@@ -227,10 +277,74 @@ fn restart(
     *spare = Spare::default();
     givers.clear();
     for (expert, (&weight, &count)) in weight.iter().zip(count).enumerate() {
-        aim.add(spare, share(weight, count), count as i16);
+        let (last, more) = aim.place(share(weight, count), count as i16);
+        spare.0[last] += more;
         if count > 1 {
             givers.push(expert as u32);
         }
     }
+    let mut sum = 0;
+    for spare in spare.0.iter_mut().rev() {
+        sum += *spare;
+        *spare = sum;
+    }
     spare.shortage()
+}
+
+/// Places the replicas, heaviest with lightest; false if a pair of one expert's cannot be parted
+/// without a rank carrying more than the level, and then the ranks are as they may be.
+#[inline(always)]
+pub(crate) fn place(
+    ranks: &mut Ranks,
+    part: &Part,
+    count: &[u32],
+    level: i32,
+    scratch: &mut Scratch,
+) -> bool {
+    let Scratch {
+        replicated,
+        items,
+        order,
+        ..
+    } = scratch;
+    counts::list(&part.weight, count, replicated, items);
+    order.clear();
+    for &(share, expert) in &*items {
+        let replicas = count[expert as usize] as usize;
+        order.extend(std::iter::repeat_n((share, expert), replicas));
+    }
+    let num_ranks = part.num_ranks();
+    if order.len() != 2 * num_ranks {
+        return false;
+    }
+    let (large, small) = order.split_at_mut(num_ranks);
+    small.reverse();
+    // Replicas of one expert are next to each other, so that only the last pairs can be of one.
+    let mut other = num_ranks;
+    for pair in (0..num_ranks).rev() {
+        let (share, expert) = large[pair];
+        if small[pair].1 != expert {
+            break;
+        }
+        other = other.min(pair);
+        loop {
+            let Some(next) = other.checked_sub(1) else {
+                return false;
+            };
+            other = next;
+            if large[other].0 + share > level {
+                return false;
+            }
+            if large[other].1 != expert && small[other].1 != expert {
+                break;
+            }
+        }
+        (small[pair], small[other]) = (small[other], small[pair]);
+    }
+    ranks.reset(part, count.len());
+    for (rank, (&(large, first), &(small, second))) in large.iter().zip(&*small).enumerate() {
+        ranks.push(rank, first as usize, large);
+        ranks.push(rank, second as usize, small);
+    }
+    true
 }

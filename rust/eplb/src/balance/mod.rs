@@ -10,6 +10,7 @@
 //! same placement on every machine.
 
 mod counts;
+mod crossing;
 mod fill;
 mod fold;
 mod fuel;
@@ -26,6 +27,7 @@ mod swaps;
 use std::time::Instant;
 
 pub use fuel::Budget;
+pub(crate) use groups::Assignment;
 pub(crate) use moves::Walks;
 
 use crate::error::{Code, Error, Result, require_multiple};
@@ -52,10 +54,9 @@ pub(crate) struct Scratch {
     folds: fold::Scratch,
     search: swaps::Scratch,
     numbers: Vec<u32>,
-    group_load: Vec<f64>,
-    nodes: Vec<groups::Node>,
-    groups: groups::Scratch,
-    node_time: Vec<f64>,
+    groups: Assignment,
+    crossing: crossing::Scratch,
+    free: Vec<Replica>,
     home: Ranks,
     local: Vec<u32>,
     node_of: Vec<u32>,
@@ -69,11 +70,13 @@ pub(crate) fn level_of_mean(topology: &Topology) -> f64 {
 }
 
 /// What the policy is asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Shape {
     pub(crate) num_experts: usize,
     /// In how many groups experts are that stay on one node; 1 where there is no such rule.
     num_groups: usize,
+    /// What a token costs that crosses to another node, where groups may leave theirs at a price.
+    crossing_cost: Option<f64>,
 }
 
 impl Shape {
@@ -99,6 +102,7 @@ impl Shape {
             return Ok(Self {
                 num_experts,
                 num_groups,
+                crossing_cost: None,
             });
         }
         require_multiple("num_experts", num_experts, "num_groups", num_groups)?;
@@ -121,6 +125,59 @@ impl Shape {
         Ok(Self {
             num_experts,
             num_groups,
+            crossing_cost: None,
+        })
+    }
+
+    /// Refuses a rule for groups that leaves a live node without any.
+    ///
+    /// # Errors
+    /// Infeasible if a node cannot hold a group, or if there are fewer groups than nodes.
+    pub(crate) fn check_no_idle_node(&self, topology: &Topology) -> Result<()> {
+        if !self.keeps_groups() {
+            return Ok(());
+        }
+        let size = self.num_experts / self.num_groups;
+        let slots = (0..topology.num_nodes()).map(|node| node_slots(topology, node));
+        let live = slots.clone().filter(|&slots| slots > 0).count();
+        let narrow = slots
+            .clone()
+            .filter(|&slots| 0 < slots && slots < size)
+            .count();
+        if narrow == 0 && live <= self.num_groups {
+            return Ok(());
+        }
+        Err(Error::infeasible(
+            Code::TooSmall,
+            "topology",
+            format!("{live} live nodes, {narrow} of them too small for a group"),
+            format!(
+                "of at most {} nodes, each with room for a group of {size} experts",
+                self.num_groups
+            ),
+            "slots of the others would stay empty; group_rule=\"free\" fills them",
+        ))
+    }
+
+    /// The same, if groups may leave their node at a price. Where groups cannot all stay on a node,
+    /// or a node would have none, there is no rule.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), but for groups that fit on no node.
+    pub(crate) fn priced(
+        topology: &Topology,
+        num_experts: usize,
+        num_groups: usize,
+        crossing_cost: f64,
+    ) -> Result<Self> {
+        let free = Self::new(topology, num_experts, 1)?;
+        require_multiple("num_experts", num_experts, "num_groups", num_groups)?;
+        Ok(match Self::new(topology, num_experts, num_groups) {
+            Ok(shape) if shape.check_no_idle_node(topology).is_ok() => Self {
+                crossing_cost: Some(crossing_cost),
+                ..shape
+            },
+            _ => free,
         })
     }
 
@@ -165,12 +222,14 @@ pub(crate) fn plan_layers(
         scratch.numbers.resize(shape.num_experts, 0);
         slots.fill(Replica::NONE);
         if shape.keeps_groups() {
-            scratch.assign_groups(topology, shape, load);
-            scratch.time_nodes(topology, shape, load);
+            scratch.groups.assign(topology, shape.num_groups, load);
             for node in 0..topology.num_nodes() {
                 scratch.take_node(topology, shape, node, load);
-                scratch.solve(scratch.slack_of(node), &mut fuel);
+                scratch.solve(scratch.groups.slack_of(node), &mut fuel);
                 scratch.write(topology, slots);
+            }
+            if let Some(cost) = shape.crossing_cost {
+                scratch.price_groups(topology, shape, cost, &mut fuel.refilled(), load, slots);
             }
         } else if side_by_side {
             let lane = layer % LANES;
@@ -182,34 +241,49 @@ pub(crate) fn plan_layers(
             scratch.improve_start(lane, &mut fuel);
             scratch.write(topology, slots);
         } else {
-            scratch.part.set_ranks(topology.live_gpus());
-            scratch.part.set_experts(0..shape.num_experts as u32, load);
-            scratch.solve(0.0, &mut fuel);
-            scratch.write(topology, slots);
+            scratch.solve_whole(topology, &mut fuel, load, slots);
         }
     }
 }
 
 impl Scratch {
-    /// Decides on which node each group goes.
-    fn assign_groups(&mut self, topology: &Topology, shape: &Shape, load: &[f32]) {
-        let size = shape.num_experts / shape.num_groups;
-        self.group_load.clear();
-        let sum = |group: &[f32]| group.iter().map(|&load| f64::from(load)).sum::<f64>();
-        self.group_load.extend(load.chunks_exact(size).map(sum));
-        self.nodes.clear();
-        let nodes = 0..topology.num_nodes();
-        self.nodes.extend(nodes.map(|node| {
-            groups::Node {
-                room: node_slots(topology, node) / size,
-                speed: topology
-                    .live_gpus()
-                    .filter(|&(gpu, ..)| topology.node_of(gpu) == node)
-                    .map(|(.., speed)| speed)
-                    .sum(),
-            }
-        }));
-        groups::assign(&self.group_load, &self.nodes, &mut self.groups);
+    /// Plans a layer without regard to nodes.
+    fn solve_whole(
+        &mut self,
+        topology: &Topology,
+        fuel: &mut Fuel,
+        load: &[f32],
+        slots: &mut [Replica],
+    ) {
+        self.part.set_ranks(topology.live_gpus());
+        self.part.set_experts(0..load.len() as u32, load);
+        self.solve(0.0, fuel);
+        self.write(topology, slots);
+    }
+
+    /// Lets groups leave their node at a price.
+    fn price_groups(
+        &mut self,
+        topology: &Topology,
+        shape: &Shape,
+        cost: f64,
+        fuel: &mut Fuel,
+        load: &[f32],
+        slots: &mut [Replica],
+    ) {
+        let mut free = std::mem::take(&mut self.free);
+        free.clear();
+        free.resize(slots.len(), Replica::NONE);
+        self.numbers.fill(0);
+        self.solve_whole(topology, fuel, load, &mut free);
+        let price = crossing::Price {
+            topology,
+            load,
+            group_size: shape.num_experts / shape.num_groups,
+            cost,
+        };
+        crossing::settle(&price, slots, &free, &mut self.crossing);
+        self.free = free;
     }
 
     /// Makes the part of a node: its ranks and the experts of its groups.
@@ -217,28 +291,10 @@ impl Scratch {
         let size = shape.num_experts / shape.num_groups;
         let on_node = |&(gpu, ..): &(usize, usize, f64)| topology.node_of(gpu) == node;
         self.part.set_ranks(topology.live_gpus().filter(on_node));
-        let node_of = &self.groups.best;
+        let node_of = self.groups.node_of();
         let experts = 0..shape.num_experts as u32;
         let experts = experts.filter(|&expert| node_of[expert as usize / size] == node as u32);
         self.part.set_experts(experts, load);
-    }
-
-    /// Notes how long each node takes, if its ranks are even.
-    fn time_nodes(&mut self, topology: &Topology, shape: &Shape, load: &[f32]) {
-        let size = shape.num_experts / shape.num_groups;
-        self.node_time.clear();
-        self.node_time.resize(topology.num_nodes(), 0.0);
-        for (experts, &node) in load.chunks_exact(size).zip(&self.groups.best) {
-            let load: f64 = experts.iter().copied().map(f64::from).sum();
-            self.node_time[node as usize] += load / self.nodes[node as usize].speed;
-        }
-    }
-
-    /// How far above its mean a node's ranks may be and still take less than the slowest node.
-    fn slack_of(&self, node: usize) -> f64 {
-        let most = self.node_time.iter().copied().fold(0.0, f64::max);
-        let time = self.node_time[node];
-        if time > 0.0 { most / time - 1.0 } else { 0.0 }
     }
 
     /// Places the experts of the part on its ranks, which may be so far above their mean.
@@ -257,27 +313,21 @@ impl Scratch {
         } = self;
         let most = part.slots_of.iter().filter(|&&slots| slots > 0).count() as u32;
         counts::greedy(&part.weight, part.num_slots(), most, count, head);
-        let mut paired = None;
         let pairs = part.slots_of.iter().all(|&slots| slots == 2);
-        if part.is_even() && pairs && part.num_ranks() > fold::FEWEST {
-            let target = part.level_over_mean(0.0);
-            paired = Some(fold::improve(
-                &part.weight,
-                count,
-                most,
-                target,
-                fuel,
-                folds,
-            ));
+        let paired = part.is_even() && pairs && part.num_ranks() > fold::FEWEST;
+        if paired {
+            let mean = part.level_over_mean(0.0);
+            let level = fold::improve(&part.weight, count, most, mean, fuel, folds);
+            if fold::place(ranks, part, count, level, folds) {
+                return;
+            }
         }
         counts::list(&part.weight, count, head, items);
         fill::fill(ranks, part, items, count, fill);
-        match paired {
-            None => search::improve(ranks, part, slack, fuel, best, search),
-            // The best pairing; else one that had to part two replicas of one expert.
-            Some(level) if ranks.heaviest().1 <= level => {}
-            Some(_) => search::improve(ranks, part, slack, &mut fuel.refilled(), best, search),
-        }
+        // Where the best pairing had to part two replicas of one expert, there is more to find.
+        let mut more = fuel.refilled();
+        let fuel = if paired { &mut more } else { fuel };
+        search::improve(ranks, part, slack, fuel, best, search);
     }
 
     /// Improves one of the first placements that were made side by side.
