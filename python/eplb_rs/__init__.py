@@ -16,7 +16,8 @@ from eplb_rs.deepseek import rebalance_experts
 from eplb_rs.errors import InfeasibleError, InvalidInputError, PlanError
 from eplb_rs.plan import Plan
 from eplb_rs.planner import Milestone, PlanBuffers, Planner, Timing
-from eplb_rs.transfers import Transfers
+from eplb_rs.transfers import TransferLimits, Transfers
+from eplb_rs.worth import Worth
 
 __all__ = [
     "InfeasibleError",
@@ -28,7 +29,9 @@ __all__ = [
     "Planner",
     "Timing",
     "Topology",
+    "TransferLimits",
     "Transfers",
+    "Worth",
     "__version__",
     "rebalance_experts",
 ]

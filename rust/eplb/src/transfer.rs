@@ -186,7 +186,7 @@ impl TransferLimits<'_> {
             ("max_bytes_per_rank", self.max_bytes_per_rank),
             ("max_seconds", seconds),
         ] {
-            if let Some(limit) = limit.filter(|limit| !(*limit >= 0.0)) {
+            if let Some(limit) = limit.filter(|limit| limit.is_nan() || *limit < 0.0) {
                 return Err(out_of_range(name, limit, "0 or more"));
             }
         }
