@@ -189,7 +189,7 @@ class Planner:
         limits: _Limits,
     ) -> Placement: ...
     def frontier(
-        self, load: npt.NDArray[np.float32], previous: Placement
+        self, load: npt.NDArray[np.float32], previous: Placement, repeats: bool
     ) -> list[tuple[int, float]]: ...
     def plan_arrays(
         self, load: npt.NDArray[np.float32]
@@ -276,8 +276,8 @@ def predicted_s(
 def check_groups(num_groups: int, num_experts: int) -> None: ...
 def schedule_methods() -> list[str]: ...
 
-# Moves, the cost of one, and the balance that is enough.
-_Reach: TypeAlias = tuple[int | None, float, float | None]
+# Moves, the cost of one, the balance that is enough, whether slots may repeat an expert.
+_Reach: TypeAlias = tuple[int | None, float, float | None, bool]
 # Within a node and between nodes, in GB/s; the latency in us.
 _Links: TypeAlias = tuple[float, float, float]
 # Bytes of an expert of each layer, bytes a rank, seconds, links, rounds by layer.

@@ -190,6 +190,7 @@ class Planner:
         move_cost: float = 0.0,
         min_balance: float | None = None,
         limits: TransferLimits | None = None,
+        repeats: bool | None = None,
         layer_ids: Sequence[int] | None = None,
     ) -> Plan:
         """Plans a placement.
@@ -211,6 +212,10 @@ class Planner:
                 were found for it.
             limits: With ``previous``, limits on bytes a rank or on seconds, in which the moves have
                 to be sent. Of the plans along the frontier, the furthest that keeps to them.
+            repeats: With ``previous``, whether a slot may hold an expert that its rank holds already.
+                That takes no move, and shifts load where other ranks hold the expert too; by default
+                where one of the four above is given. Without it, each slot that repeats an expert
+                or came free takes a move that cannot be avoided.
             layer_ids: The number of each layer in the model, `[L]`; by default from 0.
 
         Returns:
@@ -232,6 +237,7 @@ class Planner:
                 ("move_cost", move_cost or None),
                 ("min_balance", min_balance),
                 ("limits", limits),
+                ("repeats", repeats),
             ):
                 if given is not None:
                     raise InvalidInputError(
@@ -243,7 +249,9 @@ class Planner:
                     )
             placement = core.plan(array)
         else:
-            reach = _reach(max_moves, move_cost, min_balance)
+            limited = limits is not None or min_balance is not None or max_moves is not None
+            repeats = bool(move_cost) or limited if repeats is None else bool(repeats)
+            reach = _reach(max_moves, move_cost, min_balance, repeats)
             held = self._placement_of(previous)
             if limits is None:
                 placement = core.plan_from(array, held, reach)
@@ -254,12 +262,16 @@ class Planner:
                 raise _wrong_type("limits", limits, "an eplb_rs.TransferLimits")
         return Plan._made(placement, array, core.num_groups, core.policy, layer_ids)
 
-    def frontier(self, load: LoadLike, previous: Plan) -> list[Milestone]:
+    def frontier(
+        self, load: LoadLike, previous: Plan, *, repeats: bool = True
+    ) -> list[Milestone]:
         """Balance against moves, from the plan in force.
 
         Args:
             load: As for :meth:`plan`.
             previous: The plan in force.
+            repeats: Whether a slot may hold an expert that its rank holds already, as for
+                :meth:`plan`.
 
         Returns:
             The most balance found for each number of moves, from as few as possible to as many as
@@ -268,7 +280,7 @@ class Planner:
         Raises:
             InvalidInputError: As :meth:`plan`.
         """
-        frontier = self._core.frontier(as_load(load), self._placement_of(previous))
+        frontier = self._core.frontier(as_load(load), self._placement_of(previous), bool(repeats))
         return [Milestone(moves, balance) for moves, balance in frontier]
 
     def worth_it(
@@ -498,13 +510,14 @@ def _rebuild(arguments: tuple[Any, ...], settings: dict[str, Any]) -> Planner:
 
 
 def _reach(
-    max_moves: int | None, move_cost: float, min_balance: float | None
-) -> tuple[int | None, float, float | None]:
+    max_moves: int | None, move_cost: float, min_balance: float | None, repeats: bool
+) -> tuple[int | None, float, float | None, bool]:
     """How far to go from the plan in force, as the native module takes it."""
     return (
         None if max_moves is None else as_count(max_moves, "max_moves", least=0),
         as_number(move_cost, "move_cost"),
         None if min_balance is None else as_number(min_balance, "min_balance", above=True),
+        repeats,
     )
 
 

@@ -63,6 +63,10 @@ pub struct Reach {
     pub move_cost: f64,
     /// The balance that is enough: no move is made beyond it.
     pub min_balance: Option<f64>,
+    /// Whether a slot may hold an expert that its rank holds already. That takes no move, and shifts
+    /// load where other ranks hold the expert as well. Without it, each slot that repeats an expert
+    /// or came free takes a move.
+    pub repeats: bool,
 }
 
 /// Scratch of migrations, kept between calls.
@@ -137,7 +141,14 @@ impl Scratch {
         self.layers.resize_with(load.num_layers(), Layer::default);
         let rows = previous.phy2log().chunks_exact(topology.num_slots());
         for ((layer, load), row) in self.layers.iter_mut().zip(load.layers()).zip(rows) {
-            layer.start(&self.ranks, topology, load, row, &mut self.layer);
+            layer.start(
+                &self.ranks,
+                topology,
+                load,
+                row,
+                reach.repeats,
+                &mut self.layer,
+            );
         }
         // Far more than a layer has slots is no limit.
         let all = load.num_layers() * topology.num_slots();

@@ -261,8 +261,8 @@ impl Planner {
     /// on a rank that did not hold it. Experts that stay on their rank keep their slot.
     ///
     /// Where GPUs have died or joined since, some moves cannot be avoided: an expert that lost its
-    /// last replica gets one, and a rank that holds nothing gets an expert. These are made whatever
-    /// the limits.
+    /// last replica gets one, and a rank that holds nothing gets an expert; if no slot may repeat an
+    /// expert, every slot that came free gets one. These are made whatever the limits.
     ///
     /// # Errors
     /// As [`draft`](Self::draft); [`Code::Inconsistent`] or [`Code::WrongShape`] for a previous
@@ -319,12 +319,22 @@ impl Planner {
 
     /// Balance against moves, from the placement in force: each milestone is the best for its
     /// number of moves that the search has found, and [`plan_from`](Self::plan_from) with that
-    /// number leads there or nearby.
+    /// number leads there or nearby. Whether slots may repeat an expert of their rank is as in
+    /// [`Reach`].
     ///
     /// # Errors
     /// As [`plan_from`](Self::plan_from).
-    pub fn frontier(&self, load: &Load<'_>, previous: &Placement) -> Result<Vec<Milestone>> {
-        self.migrate(load, previous, &Reach::default(), |scratch| {
+    pub fn frontier(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        repeats: bool,
+    ) -> Result<Vec<Milestone>> {
+        let reach = Reach {
+            repeats,
+            ..Reach::default()
+        };
+        self.migrate(load, previous, &reach, |scratch| {
             Ok(scratch.migrate.frontier())
         })
     }

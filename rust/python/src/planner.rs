@@ -23,11 +23,16 @@ use crate::transfers::links_of;
 /// (5 ms) from a thread that computes in Python.
 const ATTACHED_SLOTS: usize = 4096;
 
-fn reach_of((max_moves, move_cost, min_balance): (Option<usize>, f64, Option<f64>)) -> Reach {
+/// The most moves, what a move costs, the balance that is enough, and whether slots may repeat an
+/// expert of their rank.
+type ReachTuple = (Option<usize>, f64, Option<f64>, bool);
+
+fn reach_of((max_moves, move_cost, min_balance, repeats): ReachTuple) -> Reach {
     Reach {
         max_moves,
         move_cost,
         min_balance,
+        repeats,
     }
 }
 
@@ -178,14 +183,13 @@ impl Planner {
             .map(Placement)
     }
 
-    /// Plans the best placement within reach of another: the most moves, what a move costs, and
-    /// the balance that is enough.
+    /// Plans the best placement within reach of another.
     fn plan_from(
         &self,
         py: Python<'_>,
         load: &Bound<'_, PyArray2<f32>>,
         previous: &Placement,
-        reach: (Option<usize>, f64, Option<f64>),
+        reach: ReachTuple,
     ) -> PyResult<Placement> {
         let load = LoadArray::new(load)?;
         let reach = reach_of(reach);
@@ -201,7 +205,7 @@ impl Planner {
         py: Python<'_>,
         load: &Bound<'_, PyArray2<f32>>,
         previous: &Placement,
-        reach: (Option<usize>, f64, Option<f64>),
+        reach: ReachTuple,
         limits: (Vec<f64>, Option<f64>, Option<f64>, (f64, f64, f64), bool),
     ) -> PyResult<Placement> {
         let load = LoadArray::new(load)?;
@@ -226,9 +230,11 @@ impl Planner {
         py: Python<'_>,
         load: &Bound<'_, PyArray2<f32>>,
         previous: &Placement,
+        repeats: bool,
     ) -> PyResult<Vec<(usize, f64)>> {
         let load = LoadArray::new(load)?;
-        let milestones = self.run(py, &load, |load| self.planner.frontier(load, &previous.0))?;
+        let frontier = |load: &Load<'_>| self.planner.frontier(load, &previous.0, repeats);
+        let milestones = self.run(py, &load, frontier)?;
         Ok(milestones
             .into_iter()
             .map(|stone| (stone.moves, stone.balance))

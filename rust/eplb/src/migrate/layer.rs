@@ -54,6 +54,8 @@ pub(crate) struct Layer {
     pub(crate) unit: f64,
     /// A level that no step leads below: the mean of the island that has most to do.
     pub(crate) floor: f64,
+    /// Whether a slot may repeat an expert of its rank.
+    repeats: bool,
     steps: Vec<Step>,
     points: Vec<Point>,
 }
@@ -66,13 +68,21 @@ impl Layer {
         topology: &Topology,
         load: &[f32],
         row: &[i64],
+        repeats: bool,
         scratch: &mut Scratch,
     ) {
+        self.repeats = repeats;
         self.unit = scale(load, &mut self.weight);
-        self.start.take(ranks, &self.weight, topology, row);
+        self.start.take(ranks, &self.weight, topology, row, repeats);
         self.home.clear();
         self.home.extend_from_slice(self.start.hosts());
-        settle(ranks, &self.weight, &mut self.start, &mut scratch.settle);
+        settle(
+            ranks,
+            &self.weight,
+            &mut self.start,
+            repeats,
+            &mut scratch.settle,
+        );
         let came = self.start.hosts().iter().zip(&self.home);
         let moves = came.map(|(now, then)| (now & !then).count_ones()).sum();
         renew(&mut scratch.islands, ranks.num_islands(), (0.0, 0.0));
@@ -109,7 +119,8 @@ impl Layer {
         }
     }
 
-    /// Takes the steps that lighten the heaviest rank at no move.
+    /// Takes the steps that lighten the heaviest rank at no move: those that make slots repeat an
+    /// expert.
     #[inline(always)]
     pub(crate) fn walk_for_nothing(
         &mut self,
@@ -117,6 +128,9 @@ impl Layer {
         fuel: &mut Fuel,
         scratch: &mut Scratch,
     ) {
+        if !self.repeats {
+            return;
+        }
         scratch.table.copy_from(&self.start);
         let mut trail = Trail::new(self.forced(), &mut self.steps, &mut self.points);
         let Scratch { table, walk, .. } = scratch;
@@ -146,7 +160,7 @@ impl Layer {
         let mut trail = Trail::new(forced, &mut self.steps, &mut self.points);
         let Scratch { table, walk, .. } = scratch;
         let mut walker = Walker::new(ranks, &self.weight, &self.home, table, walk);
-        walker.walk_to(target, fuel, |step, moves, level| {
+        walker.walk_to(target, self.repeats, fuel, |step, moves, level| {
             trail.add(step, moves, level);
             trail.moves as usize <= forced.saturating_add(most)
         });

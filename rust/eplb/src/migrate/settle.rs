@@ -1,5 +1,5 @@
-//! Moves that cannot be avoided: a place for experts that lost theirs, and something for ranks that
-//! hold nothing yet.
+//! Moves that cannot be avoided: a place for experts that lost theirs, and something for slots that
+//! hold nothing.
 
 use super::table::{Ranks, Site, Table};
 use crate::balance::share;
@@ -19,18 +19,21 @@ pub(crate) struct Scratch {
 /// Finds a place for experts that have none, heaviest first, and something for every empty slot.
 ///
 /// An expert goes where its group is; a group that has lost all its places, to the island with most
-/// slots to spare.
-pub(crate) fn settle(ranks: &Ranks, weight: &[i32], table: &mut Table, scratch: &mut Scratch) {
+/// slots to spare. Unless slots may repeat an expert of their rank, each empty one takes a move.
+pub(crate) fn settle(
+    ranks: &Ranks,
+    weight: &[i32],
+    table: &mut Table,
+    repeats: bool,
+    scratch: &mut Scratch,
+) {
     let orphans = &mut scratch.orphans;
     orphans.clear();
     let nowhere = (0..weight.len()).filter(|&expert| table.count(expert) == 0);
     orphans.extend(nowhere.map(|expert| expert as u32));
     orphans.sort_unstable_by_key(|&expert| (-weight[expert as usize], expert));
-    let empty = |rank: usize| {
-        let mut slots = ranks.slots(rank);
-        slots.any(|slot| table.expert_in(Site::new(rank, slot)).is_none())
-    };
-    if orphans.is_empty() && !(0..ranks.len()).any(empty) {
+    let has_empty = |rank| empty(ranks, table, rank).next().is_some();
+    if orphans.is_empty() && !(0..ranks.len()).any(has_empty) {
         return;
     }
     find_groups(ranks, weight.len(), table, scratch);
@@ -63,7 +66,12 @@ pub(crate) fn settle(ranks: &Ranks, weight: &[i32], table: &mut Table, scratch: 
         }
     }
     for rank in 0..ranks.len() {
-        fill(ranks, weight, table, rank, |expert| may_hold(rank, expert));
+        let may_hold = |expert| may_hold(rank, expert);
+        if repeats {
+            fill_with_one(ranks, weight, table, rank, may_hold);
+        } else {
+            fill_with_many(ranks, weight, table, rank, may_hold);
+        }
     }
 }
 
@@ -137,21 +145,25 @@ fn level_with(
     Some(level.max(ranks.time(rank, load - before + (here - 1) * more)))
 }
 
+/// The empty slots of a rank.
+fn empty(ranks: &Ranks, table: &Table, rank: usize) -> impl Iterator<Item = Site> {
+    let sites = ranks.slots(rank).map(move |slot| Site::new(rank, slot));
+    sites.filter(|&site| table.expert_in(site).is_none())
+}
+
 /// Fills the empty slots of a rank: with an expert that it holds, which takes no move; where it holds
 /// nothing, with one that it may. The one that comes nearest to making the rank carry the mean.
-fn fill(
+fn fill_with_one(
     ranks: &Ranks,
     weight: &[i32],
     table: &mut Table,
     rank: usize,
     may_hold: impl Fn(usize) -> bool,
 ) {
-    let empty = |table: &Table, slot: usize| table.expert_in(Site::new(rank, slot)).is_none();
-    let free = ranks.slots(rank).filter(|&slot| empty(table, slot)).count() as u32;
+    let free = empty(ranks, table, rank).count() as u32;
     if free == 0 {
         return;
     }
-    let mean = ranks.mean();
     let bare = !(0..weight.len()).any(|expert| table.holds(rank, expert));
     let candidates = (0..weight.len()).filter(|&expert| {
         if bare {
@@ -164,13 +176,43 @@ fn fill(
         let (count, times) = (table.count(expert), table.times(rank, expert));
         let before = share(weight[expert], count.max(1)) * times;
         let after = share(weight[expert], count + free) * (times + free as i32);
-        let load = table.load[rank] + after - before;
-        (f64::from(ranks.time(rank, load)) - mean).abs() as i64
+        let time = ranks.time(rank, table.load[rank] + after - before);
+        (f64::from(time) - ranks.mean()).abs() as i64
     });
     let Some(expert) = nearest else { return };
     for slot in ranks.slots(rank) {
-        if empty(table, slot) {
-            table.give(weight, Site::new(rank, slot), expert);
+        let site = Site::new(rank, slot);
+        if table.expert_in(site).is_none() {
+            table.give(weight, site, expert);
         }
+    }
+}
+
+/// Fills each empty slot of a rank with an expert that it lacks: with what comes nearest to making it
+/// carry the mean, if all its empty slots took as much. What it holds is repeated where it lacks
+/// none.
+fn fill_with_many(
+    ranks: &Ranks,
+    weight: &[i32],
+    table: &mut Table,
+    rank: usize,
+    may_hold: impl Fn(usize) -> bool,
+) {
+    loop {
+        let free = empty(ranks, table, rank).count();
+        let Some(site) = empty(ranks, table, rank).next() else {
+            return;
+        };
+        let missing = ranks.mean() - f64::from(ranks.time(rank, table.load[rank]));
+        let want = missing / free as f64;
+        let lacking = |&expert: &usize| !table.holds(rank, expert) && may_hold(expert);
+        let nearest = (0..weight.len()).filter(lacking).min_by_key(|&expert| {
+            let more = share(weight[expert], table.count(expert) + 1);
+            (f64::from(ranks.time(rank, more)) - want).abs() as i64
+        });
+        let Some(expert) = nearest else {
+            return fill_with_one(ranks, weight, table, rank, may_hold);
+        };
+        table.give(weight, site, expert);
     }
 }

@@ -175,8 +175,16 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Takes over what a row of slots holds; slots of nobody stay empty.
-    pub(crate) fn take(&mut self, ranks: &Ranks, weight: &[i32], topology: &Topology, row: &[i64]) {
+    /// Takes over what a row of slots holds. Slots of nobody stay empty, as do, unless `repeats`
+    /// are wanted, those that repeat an expert of their rank.
+    pub(crate) fn take(
+        &mut self,
+        ranks: &Ranks,
+        weight: &[i32],
+        topology: &Topology,
+        row: &[i64],
+        repeats: bool,
+    ) {
         self.stride = ranks.stride;
         self.num_slots = ranks.num_slots;
         self.num_words = ranks.num_words;
@@ -193,14 +201,17 @@ impl Table {
                 let Ok(expert) = usize::try_from(expert) else {
                     continue;
                 };
-                let index = self.index(Site::new(rank, slot));
-                self.expert[index] = expert as u32;
-                self.count[expert] += 1;
                 if self.holds(rank, expert) {
+                    if !repeats {
+                        continue;
+                    }
                     self.repeated[expert] = true;
                 } else {
                     self.flip(rank, expert);
                 }
+                let index = self.index(Site::new(rank, slot));
+                self.expert[index] = expert as u32;
+                self.count[expert] += 1;
             }
         }
         for rank in 0..ranks.len() {

@@ -50,6 +50,16 @@ pub(crate) struct Scratch {
     colds: Vec<Cold>,
 }
 
+/// To whom slots may be given.
+#[derive(Debug, Clone, Copy)]
+enum Give {
+    Any,
+    /// To experts that the rank holds already.
+    Repeats,
+    /// To experts that it lacks.
+    Newcomers,
+}
+
 /// A slot that its expert can do without.
 #[derive(Debug, Clone, Copy)]
 struct Cold {
@@ -130,11 +140,13 @@ impl<'a> Walker<'a> {
     pub(crate) fn walk_to(
         &mut self,
         target: i32,
+        repeats: bool,
         fuel: &mut Fuel,
         mut visit: impl FnMut(Step, i32, i32) -> bool,
     ) {
         self.aim(target);
         self.prize = (self.ranks.mean() * PRIZE) as i32;
+        let kind = if repeats { Give::Any } else { Give::Newcomers };
         for step in 0.. {
             let heavy = self.heaviest();
             if self.scratch.over[heavy] <= 0 || !fuel.step() {
@@ -143,7 +155,7 @@ impl<'a> Walker<'a> {
             let mut best = self.exchange_back(heavy);
             best = best.or_else(|| self.exchange_new(heavy));
             if step < GIVES {
-                best = self.best_give(heavy, i32::MAX, best).or(best);
+                best = self.best_give(heavy, kind, best).or(best);
             }
             best = best.or_else(|| self.exchange_nearest(heavy));
             let Some(offer) = best else { return };
@@ -168,7 +180,7 @@ impl<'a> Walker<'a> {
         while fuel.step() {
             self.aim(level - 1);
             let heavy = self.heaviest();
-            let Some(offer) = self.best_give(heavy, 0, None) else {
+            let Some(offer) = self.best_give(heavy, Give::Repeats, None) else {
                 return;
             };
             self.take(offer.step);
@@ -471,9 +483,9 @@ impl<'a> Walker<'a> {
     }
 
     /// The best slot to give to an expert of a rank that is too heavy, so that its replicas carry
-    /// less; at most so many moves, and worth more than what is at hand.
+    /// less; worth more than what is at hand.
     #[inline(always)]
-    fn best_give(&mut self, heavy: usize, most: i32, at_hand: Option<Offer>) -> Option<Offer> {
+    fn best_give(&mut self, heavy: usize, kind: Give, at_hand: Option<Offer>) -> Option<Offer> {
         let mut limit = at_hand.map_or(0, |offer| offer.worth());
         self.list_hots(heavy);
         let dearest = self.scratch.hots.iter().map(|hot| hot.relief).max()?;
@@ -497,10 +509,15 @@ impl<'a> Walker<'a> {
                     continue;
                 }
                 let times = self.table.times(rank, expert);
-                let moves = i32::from(times == 0 && !self.is_home(rank, expert)) - cold.unmoves;
-                if moves > most {
+                let wanted = match kind {
+                    Give::Any => true,
+                    Give::Repeats => times > 0,
+                    Give::Newcomers => times == 0,
+                };
+                if !wanted {
                     continue;
                 }
+                let moves = i32::from(times == 0 && !self.is_home(rank, expert)) - cold.unmoves;
                 // The relief of its rank is what both changes bring together.
                 let alone = if times == 0 {
                     0
