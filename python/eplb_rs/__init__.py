@@ -17,7 +17,8 @@ from eplb_rs.errors import InfeasibleError, InvalidInputError, PlanError
 from eplb_rs.explanation import Explanation, explain
 from eplb_rs.plan import GroupCost, Plan
 from eplb_rs.planner import Milestone, PlanBuffers, Planner, Timing
-from eplb_rs.transfers import Transfers
+from eplb_rs.transfers import TransferLimits, Transfers
+from eplb_rs.worth import Worth
 
 __all__ = [
     "Explanation",
@@ -31,7 +32,9 @@ __all__ = [
     "Planner",
     "Timing",
     "Topology",
+    "TransferLimits",
     "Transfers",
+    "Worth",
     "__version__",
     "explain",
     "rebalance_experts",

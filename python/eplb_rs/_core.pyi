@@ -17,6 +17,7 @@ __all__ = [
     "bounds",
     "check_groups",
     "partition_layers",
+    "predicted_s",
     "schedule_methods",
     "search_schedules",
     "tight_lower_bound",
@@ -181,10 +182,17 @@ class Planner:
     def last_timing(self) -> tuple[float, float]: ...
     def plan(self, load: npt.NDArray[np.float32]) -> Placement: ...
     def plan_from(
-        self, load: npt.NDArray[np.float32], previous: Placement, max_moves: int | None
+        self, load: npt.NDArray[np.float32], previous: Placement, reach: _Reach
+    ) -> Placement: ...
+    def plan_within(
+        self,
+        load: npt.NDArray[np.float32],
+        previous: Placement,
+        reach: _Reach,
+        limits: _Limits,
     ) -> Placement: ...
     def frontier(
-        self, load: npt.NDArray[np.float32], previous: Placement
+        self, load: npt.NDArray[np.float32], previous: Placement, repeats: bool
     ) -> list[tuple[int, float]]: ...
     def plan_arrays(
         self, load: npt.NDArray[np.float32]
@@ -263,8 +271,22 @@ def tight_lower_bound(
 def transfers(
     previous: Placement, following: Placement, by_layer: bool
 ) -> npt.NDArray[np.int64]: ...
+def predicted_s(
+    table: npt.NDArray[np.int64],
+    topology: Topology,
+    by_layer: bool,
+    expert_bytes: npt.NDArray[np.float64],
+    links: _Links,
+) -> float: ...
 def check_groups(num_groups: int, num_experts: int) -> None: ...
 def schedule_methods() -> list[str]: ...
+
+# Moves, the cost of one, the balance that is enough, whether slots may repeat an expert.
+_Reach: TypeAlias = tuple[int | None, float, float | None, bool]
+# Within a node and between nodes, in GB/s; the latency in us.
+_Links: TypeAlias = tuple[float, float, float]
+# Bytes of an expert of each layer, bytes a rank, seconds, links, rounds by layer.
+_Limits: TypeAlias = tuple[Sequence[float], float | None, float | None, _Links, bool]
 
 _Peaks: TypeAlias = tuple[
     npt.NDArray[np.int64],

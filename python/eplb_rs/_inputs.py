@@ -6,6 +6,7 @@ Letters: L layers, E logical experts, R slots.
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import sys
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -187,6 +188,47 @@ def as_count(value: object, argument: str, least: int = 1) -> int:
         got = type(value).__name__
     expected = f"a whole number of at least {least}"
     raise InvalidInputError(code=code, argument=argument, got=got, expected=expected)
+
+
+def as_number(value: Any, argument: str, *, least: float = 0.0, above: bool = False) -> float:
+    """A finite number of at least ``least``, or ``above`` it.
+
+    Raises:
+        InvalidInputError: ``wrong_type`` or ``out_of_range``.
+    """
+    try:
+        number = float(value)
+    except Exception:  # whatever an object's own conversion raises
+        raise InvalidInputError(
+            code="wrong_type", argument=argument, got=type(value).__name__, expected="a number"
+        ) from None
+    if least < number < math.inf or (number == least and not above):
+        return number
+    expected = f"finite and {'above' if above else 'at least'} {least:g}"
+    raise InvalidInputError(
+        code="out_of_range", argument=argument, got=repr(number), expected=expected
+    )
+
+
+def as_expert_bytes(value: Any, num_layers: int) -> npt.NDArray[np.float64]:
+    """The bytes of an expert of each layer, from one number for all or one for each.
+
+    Raises:
+        InvalidInputError: ``wrong_type``, ``wrong_shape`` or ``out_of_range``.
+    """
+    array = _converted(value, "expert_bytes")
+    if array.dtype.kind not in _NUMBERS:
+        raise _no_array(value, "expert_bytes")
+    if array.shape not in {(), (num_layers,)}:
+        raise InvalidInputError(
+            code="wrong_shape",
+            argument="expert_bytes",
+            got=f"shape {array.shape}",
+            expected=f"one number, or one for each of {num_layers} layers",
+        )
+    for number in (array.min(), array.max()):
+        as_number(number, "expert_bytes", above=True)
+    return np.full(num_layers, array, dtype=np.float64)
 
 
 def as_slots(phy2log: npt.ArrayLike, shape: tuple[int, int]) -> npt.NDArray[np.int64]:

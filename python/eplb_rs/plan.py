@@ -359,7 +359,7 @@ class Plan:
                 expected="an eplb_rs.Plan",
             )
         table = _core.transfers(previous._placement, self._placement, by_layer)
-        return Transfers(_read_only(table), self.topology, by_layer)
+        return Transfers(_read_only(table), self.topology, self.num_layers, by_layer)
 
     @property
     def duplicates(self) -> int:

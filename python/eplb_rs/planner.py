@@ -12,15 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import as_count, as_load, as_topology
+from eplb_rs._inputs import as_count, as_load, as_number, as_topology
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.plan import Plan
+from eplb_rs.transfers import TransferLimits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eplb_rs._inputs import LoadLike
     from eplb_rs.realtime import Step, StepLimits
+    from eplb_rs.worth import Worth
 
 __all__ = ["GroupRule", "Milestone", "PlanBuffers", "Planner", "PolicyName", "Timing"]
 
@@ -199,6 +201,10 @@ class Planner:
         *,
         previous: Plan | None = None,
         max_moves: int | None = None,
+        move_cost: float = 0.0,
+        min_balance: float | None = None,
+        limits: TransferLimits | None = None,
+        repeats: bool | None = None,
         layer_ids: Sequence[int] | None = None,
     ) -> Plan:
         """Plans a placement.
@@ -212,7 +218,18 @@ class Planner:
                 alive otherwise.
             max_moves: With ``previous``, how many experts may arrive on a rank that did not hold
                 them, over all layers; by default as many as help. What has to move because GPUs
-                died or joined moves even beyond it.
+                died or joined moves even beyond this and the other limits.
+            move_cost: With ``previous``, what a move costs, in the unit of the load: moves are made
+                only where they lower the largest rank loads, summed over layers, by more than that
+                each.
+            min_balance: With ``previous``, the balance that is enough: the plan has as few moves as
+                were found for it.
+            limits: With ``previous``, limits on bytes a rank or on seconds, in which the moves have
+                to be sent. Of the plans along the frontier, the furthest that keeps to them.
+            repeats: With ``previous``, whether a slot may hold an expert that its rank holds already.
+                That takes no move, and shifts load where other ranks hold the expert too; by default
+                where one of the four above is given. Without it, each slot that repeats an expert
+                or came free takes a move that cannot be avoided.
             layer_ids: The number of each layer in the model, `[L]`; by default from 0.
 
         Returns:
@@ -229,28 +246,49 @@ class Planner:
         array = as_load(load)
         core = self._core
         if previous is None:
-            if max_moves is not None:
-                raise InvalidInputError(
-                    code="inconsistent",
-                    argument="max_moves",
-                    got=repr(max_moves),
-                    expected="None where there is no previous plan",
-                    hint="previous=plan says what the moves start from",
-                )
+            for name, given in (
+                ("max_moves", max_moves),
+                ("move_cost", move_cost or None),
+                ("min_balance", min_balance),
+                ("limits", limits),
+                ("repeats", repeats),
+            ):
+                if given is not None:
+                    raise InvalidInputError(
+                        code="inconsistent",
+                        argument=name,
+                        got=repr(given),
+                        expected="left out where there is no previous plan",
+                        hint="previous=plan says what the moves start from",
+                    )
             placement = core.plan(array)
         else:
-            placement = core.plan_from(array, self._placement_of(previous), _moves(max_moves))
+            limited = limits is not None or min_balance is not None or max_moves is not None
+            repeats = bool(move_cost) or limited if repeats is None else bool(repeats)
+            reach = _reach(max_moves, move_cost, min_balance, repeats)
+            held = self._placement_of(previous)
+            if limits is None:
+                placement = core.plan_from(array, held, reach)
+            elif isinstance(limits, TransferLimits):
+                checked = limits._checked(previous.num_layers)
+                placement = core.plan_within(array, held, reach, checked)
+            else:
+                raise _wrong_type("limits", limits, "an eplb_rs.TransferLimits")
         rule = "strict" if core.keeps_groups else "free"
         if core.policy == "balanced" and core.group_rule == "priced" and previous is None:
             rule = "priced"
         return Plan._made(placement, array, core.num_groups, core.policy, layer_ids, rule)
 
-    def frontier(self, load: LoadLike, previous: Plan) -> list[Milestone]:
+    def frontier(
+        self, load: LoadLike, previous: Plan, *, repeats: bool = True
+    ) -> list[Milestone]:
         """Balance against moves, from the plan in force.
 
         Args:
             load: As for :meth:`plan`.
             previous: The plan in force.
+            repeats: Whether a slot may hold an expert that its rank holds already, as for
+                :meth:`plan`.
 
         Returns:
             The most balance found for each number of moves, from as few as possible to as many as
@@ -259,8 +297,86 @@ class Planner:
         Raises:
             InvalidInputError: As :meth:`plan`.
         """
-        frontier = self._core.frontier(as_load(load), self._placement_of(previous))
+        frontier = self._core.frontier(as_load(load), self._placement_of(previous), bool(repeats))
         return [Milestone(moves, balance) for moves, balance in frontier]
+
+    def worth_it(
+        self,
+        load: LoadLike,
+        previous: Plan,
+        plan: Plan | None = None,
+        *,
+        horizon: float,
+        us_per_token: float,
+        expert_bytes: npt.ArrayLike,
+        intra_node_gb_s: float,
+        inter_node_gb_s: float,
+        latency_us: float = 0.0,
+        hidden: float = 0.0,
+    ) -> Worth:
+        """Whether a new plan gains more than its moves cost.
+
+        It gains what the heaviest ranks of all layers have to do less, whenever the load comes; it
+        costs what the transfers take. Neither is measured: say what a token takes, and how fast the
+        links are.
+
+        Args:
+            load: As for :meth:`plan`: what is expected to come.
+            previous: The plan in force.
+            plan: The plan that might take its place; by default, of five plans along the frontier,
+                the one that gains most after its cost.
+            horizon: How many times the load is expected to come before the next plan.
+            us_per_token: What a rank of mean speed takes for a token of an expert, in microseconds.
+            expert_bytes: The bytes of an expert of one layer: a number, or one for each layer.
+            intra_node_gb_s: What a rank sends to another of its node, in 1e9 bytes a second.
+            inter_node_gb_s: What it sends to one of another node.
+            latency_us: What each round of transfers takes besides, in microseconds.
+            hidden: Which part of the time of the transfers hides behind computation, 0 to 1.
+
+        Returns:
+            The plan with its gain and cost; true where the gain is larger.
+
+        Raises:
+            InvalidInputError: As :meth:`plan` and :meth:`eplb_rs.Transfers.predicted_s`;
+                ``out_of_range`` for a number.
+
+        Example:
+            >>> import eplb_rs
+            >>> planner = eplb_rs.Planner(eplb_rs.Topology(1, 4, 3), policy="balanced")
+            >>> before = planner.plan([[8, 8, 1, 1, 1, 1, 1, 1, 1, 1]])
+            >>> planner.worth_it(
+            ...     [[1, 1, 1, 1, 1, 1, 1, 1, 8, 8]], before, horizon=1000, us_per_token=2,
+            ...     expert_bytes=44e6, intra_node_gb_s=200, inter_node_gb_s=50,
+            ... ).balance > 0.9
+            True
+        """
+        from eplb_rs.worth import worth_of
+
+        array = as_load(load)
+        held = self._placement_of(previous)
+        before = Plan._made(held, array, self.num_groups, previous.policy, previous.layer_ids)
+        plans = [plan]
+        if plan is None:
+            most = self.frontier(array, previous)[-1].moves
+            plans = [
+                self.plan(array, previous=previous, max_moves=most >> halvings)
+                for halvings in range(5)
+            ]
+        worths = [
+            worth_of(
+                _placed(candidate).with_load(array),
+                before,
+                horizon=horizon,
+                us_per_token=us_per_token,
+                expert_bytes=expert_bytes,
+                intra_node_gb_s=intra_node_gb_s,
+                inter_node_gb_s=inter_node_gb_s,
+                latency_us=latency_us,
+                hidden=hidden,
+            )
+            for candidate in plans
+        ]
+        return max(worths, key=lambda worth: worth.net_s)
 
     def _placement_of(self, previous: Plan) -> _core.Placement:
         if not isinstance(previous, Plan):
@@ -322,9 +438,7 @@ class Planner:
         Raises:
             InvalidInputError: As there; ``wrong_type`` for the plan.
         """
-        if not isinstance(plan, Plan):
-            raise _wrong_type("plan", plan, "an eplb_rs.Plan")
-        return plan._splitter.split_step(load, layer=layer, out=out)
+        return _placed(plan)._splitter.split_step(load, layer=layer, out=out)
 
     def plan_step(self, load: LoadLike, *, limits: StepLimits | None = None) -> Step:
         """Plans one layer from the load of this micro-batch, experts keeping their home slots.
@@ -413,8 +527,16 @@ def _rebuild(arguments: tuple[Any, ...], settings: dict[str, Any]) -> Planner:
     return Planner(*arguments, **settings)
 
 
-def _moves(max_moves: int | None) -> int | None:
-    return None if max_moves is None else as_count(max_moves, "max_moves", least=0)
+def _reach(
+    max_moves: int | None, move_cost: float, min_balance: float | None, repeats: bool
+) -> tuple[int | None, float, float | None, bool]:
+    """How far to go from the plan in force, as the native module takes it."""
+    return (
+        None if max_moves is None else as_count(max_moves, "max_moves", least=0),
+        as_number(move_cost, "move_cost"),
+        None if min_balance is None else as_number(min_balance, "min_balance", above=True),
+        repeats,
+    )
 
 
 def _checked_cost(crossing_cost: float | None, rule: str) -> float:
@@ -465,6 +587,12 @@ def _checked_budget(
 
 _MOST_ITERATIONS = 2**31
 _LONGEST_US = 24 * 3600 * 1e6
+
+
+def _placed(plan: object) -> Plan:
+    if not isinstance(plan, Plan):
+        raise _wrong_type("plan", plan, "an eplb_rs.Plan")
+    return plan
 
 
 def _wrong_type(argument: str, got: object, expected: str, hint: str = "") -> InvalidInputError:

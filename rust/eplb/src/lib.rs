@@ -55,13 +55,13 @@ pub use balance::Budget;
 pub use bound::{Bound, bounds, lower_bound, tight_lower_bound};
 pub use error::{Code, Error, Refusal, Result};
 pub use load::Load;
-pub use migrate::Milestone;
+pub use migrate::{Milestone, Reach};
 pub use placement::{Placement, PlacementMut, Replica};
 pub use planner::{GroupRule, Planner, Policy};
 pub use realtime::{Limits, Step, StepMut, StepPlanner};
 pub use split::{SharesMut, Splitter};
 pub use topology::Topology;
-pub use transfer::{Transfer, transfers};
+pub use transfer::{Links, Transfer, TransferLimits, predicted_s, transfers};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

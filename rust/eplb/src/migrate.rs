@@ -1,10 +1,48 @@
 //! From the placement in force to the next: the best balance for a number of moves.
+//!
+//! 1. Each layer [starts](layer) from what its slots hold, after the moves that cannot be avoided
+//!    ([settle]).
+//! 2. [Walks](walk) lead to levels that no rank is above; each step is a point of the layer's
+//!    frontier of level against moves.
+//! 3. Moves are handed out over the layers by the convex hull of their frontiers.
+//!
+//! Which levels are aimed at depends on how many moves there are to hand out: the ranks above a
+//! level, over all layers, say about how many moves it takes to get there.
 
-use crate::balance::{self, Shape, Walks};
+mod layer;
+mod rows;
+mod settle;
+mod table;
+mod walk;
+
+use std::time::Instant;
+
+use multiversion::multiversion;
+
+use crate::balance::{Budget, Fuel, Shape};
 use crate::error::{Code, Error, Result};
 use crate::load::Load;
 use crate::placement::{Placement, Replica};
 use crate::topology::Topology;
+use layer::{Layer, Walked};
+use table::Ranks;
+
+/// How far above the floor the levels are that are aimed at where nothing limits the moves.
+const LEVELS: [f64; 8] = [0.05, 0.03, 0.018, 0.011, 0.007, 0.004, 0.002, 0.0003];
+
+/// The least that is aimed at.
+const LEAST_AIM: f64 = 0.0003;
+
+/// How many levels are aimed at for a number of moves.
+const AIMS: u32 = 3;
+
+/// How much further each of them is than the one before, as a fraction of the moves there are, and
+/// how many moves for each layer more.
+const FURTHER: f64 = 0.1;
+const FURTHER_MOVES: f64 = 2.0;
+
+/// Which multiples of the level are aimed at that a balance asks for.
+const NEAR: [f64; 3] = [1.0, 0.7, 1.5];
 
 /// How few moves lead how far: the moves, over all layers, and the balance then.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -15,13 +53,31 @@ pub struct Milestone {
     pub balance: f64,
 }
 
+/// How far a plan may go from the placement in force. Moves that cannot be avoided are made
+/// whatever it says.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Reach {
+    /// The most moves, over all layers; as many as help, if there is no limit.
+    pub max_moves: Option<usize>,
+    /// What a move costs, in load: moves are made where they lower the largest rank loads, summed
+    /// over layers, by more than that each.
+    pub move_cost: f64,
+    /// The balance that is enough: no move is made beyond it.
+    pub min_balance: Option<f64>,
+    /// Whether a slot may hold an expert that its rank holds already. That takes no move, and shifts
+    /// load where other ranks hold the expert as well. Without it, each slot that repeats an expert
+    /// or came free takes a move.
+    pub repeats: bool,
+}
+
 /// Scratch of migrations, kept between calls.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    balance: balance::Scratch,
-    walks: Vec<Walks>,
-    /// The mean load of a rank, in each layer.
-    means: Vec<f64>,
+    ranks: Ranks,
+    layers: Vec<Layer>,
+    layer: layer::Scratch,
+    /// How far ranks are above the floor of their layer, over all layers, furthest first.
+    excesses: Vec<f64>,
     /// The next piece of each layer's frontier, steepest first.
     pieces: Vec<Piece>,
     chosen: Vec<usize>,
@@ -38,81 +94,225 @@ struct Piece {
     point: usize,
 }
 
+/// Hands out a budget visit by visit.
+#[derive(Debug)]
+struct Meter {
+    budget: Budget,
+    start: Instant,
+    visits: u32,
+}
+
+impl Meter {
+    fn new(budget: Budget, visits: usize) -> Self {
+        Self {
+            budget,
+            start: Instant::now(),
+            visits: visits.min(u32::MAX as usize) as u32,
+        }
+    }
+
+    fn next(&mut self) -> Fuel {
+        match self.budget {
+            Budget::Iterations(steps) => Fuel::steps(steps.max(1)),
+            // What earlier visits left over is shared by those that follow.
+            Budget::Time(time) => {
+                let now = Instant::now();
+                let left = (self.start + time).saturating_duration_since(now);
+                let share = left / self.visits.max(1);
+                self.visits = self.visits.saturating_sub(1);
+                Fuel::until(now + share)
+            }
+        }
+    }
+}
+
 impl Scratch {
     /// Explores what moves would do to each layer.
     pub(crate) fn explore(
         &mut self,
         topology: &Topology,
         shape: &Shape,
-        budget: balance::Budget,
+        budget: Budget,
         load: &Load<'_>,
         previous: &Placement,
-        most: Option<usize>,
+        reach: &Reach,
     ) -> Result<()> {
         check_previous(topology, load, previous)?;
+        self.ranks.set(topology, shape.kept_group_size());
+        self.layers.resize_with(load.num_layers(), Layer::default);
+        let rows = previous.phy2log().chunks_exact(topology.num_slots());
+        for ((layer, load), row) in self.layers.iter_mut().zip(load.layers()).zip(rows) {
+            layer.start(
+                &self.ranks,
+                topology,
+                load,
+                row,
+                reach.repeats,
+                &mut self.layer,
+            );
+        }
         // Far more than a layer has slots is no limit.
-        let limit = load.num_layers() * topology.num_slots();
-        let likely = most.filter(|&most| most < limit);
-        let likely = likely.map(|most| most.div_ceil(load.num_layers()) as u32);
-        self.walks.resize_with(load.num_layers(), Walks::default);
-        self.means.clear();
+        let all = load.num_layers() * topology.num_slots();
+        let most = reach.max_moves.filter(|&most| most < all);
+        match (most, reach.min_balance) {
+            (Some(most), _) => self.walk_moves(most.saturating_sub(self.forced()), budget),
+            (None, Some(balance)) => {
+                let aim = self.aim_of_balance(balance);
+                let aims = NEAR.map(|factor| (aim * factor).max(LEAST_AIM));
+                self.walk_to(&aims, budget);
+            }
+            (None, None) => self.walk_to(&LEVELS, budget),
+        }
+        self.list_pieces();
+        Ok(())
+    }
+
+    /// Walks to levels, given as fractions above the floor of each layer.
+    fn walk_to(&mut self, aims: &[f64], budget: Budget) {
+        let mut meter = Meter::new(budget, self.layers.len() * (aims.len() + 1));
+        self.walk_for_nothing(&mut meter);
+        for &aim in aims {
+            self.walk_once(aim, usize::MAX, &mut meter);
+        }
+    }
+
+    /// Walks to levels that take about so many moves.
+    fn walk_moves(&mut self, most: usize, budget: Budget) {
+        let num_layers = self.layers.len();
+        let mut meter = Meter::new(budget, num_layers * (AIMS as usize + 1));
+        self.walk_for_nothing(&mut meter);
+        self.excesses.clear();
+        for layer in &self.layers {
+            layer.list_excesses(&self.ranks, &mut self.excesses);
+        }
+        if most == 0 || self.excesses.is_empty() {
+            return;
+        }
+        self.excesses.sort_unstable_by(|a, b| b.total_cmp(a));
+        // Below about half of the mean excess, those who take what is shed get scarce, and more and
+        // more moves are needed for each rank.
+        let spread = self.excesses.iter().sum::<f64>() / self.excesses.len() as f64;
+        let moves_for_each = |aim: f64| 1.0 + spread / 4.0 / (aim + spread / 16.0);
+        let most_of_layer = 4 * most / num_layers + 8;
+        let mut correction = 1.0;
+        for further in 0..AIMS {
+            let moves = most as f64 * (1.0 + FURTHER * f64::from(further))
+                + FURTHER_MOVES * f64::from(further) * num_layers as f64;
+            let mut above = self.excesses.iter().enumerate();
+            let place = above
+                .find(|&(above, &aim)| above as f64 * moves_for_each(aim) * correction >= moves);
+            let aim = place.map_or(0.0, |(_, &aim)| aim) + LEAST_AIM;
+            let walked = self.walk_once(aim, most_of_layer, &mut meter);
+            if walked.moves > 0 {
+                let expected = walked.above as f64 * moves_for_each(aim);
+                correction = walked.moves as f64 / expected;
+            }
+        }
+    }
+
+    /// How far above the floors of the layers a balance lets the largest rank loads be.
+    fn aim_of_balance(&self, balance: f64) -> f64 {
+        let mean: f64 = self.layers.iter().map(|layer| layer.unit).sum::<f64>() * self.ranks.mean();
+        let floor: f64 = self
+            .layers
+            .iter()
+            .map(|layer| layer.floor * layer.unit)
+            .sum();
+        if floor > 0.0 {
+            mean / balance / floor - 1.0
+        } else {
+            0.0
+        }
+    }
+
+    fn walk_for_nothing(&mut self, meter: &mut Meter) {
+        for layer in &mut self.layers {
+            walk_for_nothing(layer, &self.ranks, &mut meter.next(), &mut self.layer);
+        }
+    }
+
+    /// Walks in each layer to a level, or until so many moves are made; returns what that took.
+    fn walk_once(&mut self, aim: f64, most: usize, meter: &mut Meter) -> Walked {
+        let mut total = Walked::default();
+        for layer in &mut self.layers {
+            let mut fuel = meter.next();
+            let walked = walk_to(layer, &self.ranks, aim, most, &mut fuel, &mut self.layer);
+            total.moves += walked.moves;
+            total.above += walked.above;
+        }
+        total
+    }
+
+    /// Lists the pieces of all layers' frontiers.
+    fn list_pieces(&mut self) {
         self.pieces.clear();
-        let num_slots = topology.num_slots();
-        let rows = previous.phy2log().chunks_exact(num_slots);
-        let layers = load.layers().zip(rows).zip(&mut self.walks).enumerate();
-        for (layer, ((load, row), walks)) in layers {
-            let mean = self
-                .balance
-                .explore(topology, shape, budget, load, row, likely, walks);
-            self.means.push(mean);
-            let points = walks.points();
-            for (point, pair) in points.windows(2).enumerate() {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            layer.keep_hull();
+            for (point, pair) in layer.points().windows(2).enumerate() {
                 let moves = (pair[1].moves - pair[0].moves) as usize;
-                let gain = f64::from(pair[0].level - pair[1].level) * mean;
-                let slope = gain / moves as f64;
+                let gain = f64::from(pair[0].level - pair[1].level) * layer.unit;
                 self.pieces.push(Piece {
-                    slope,
+                    slope: gain / moves as f64,
                     gain,
                     moves,
-                    layer,
+                    layer: index,
                     point: point + 1,
                 });
             }
         }
-        // A layer's own pieces are in this order already.
-        self.pieces.sort_by(|a, b| b.slope.total_cmp(&a.slope));
-        Ok(())
+        // A layer's own pieces are in this order already; of equal ones, the lower layer's is first.
+        self.pieces.sort_unstable_by(|a, b| {
+            let by_slope = b.slope.total_cmp(&a.slope);
+            by_slope.then((a.layer, a.point).cmp(&(b.layer, b.point)))
+        });
     }
 
-    /// Hands the moves out over the layers.
-    pub(crate) fn choose(&mut self, most: Option<usize>) {
+    /// How many pieces there are to choose from.
+    pub(crate) fn num_pieces(&self) -> usize {
+        self.pieces.len()
+    }
+
+    /// Hands the moves out over the layers, from the first `pieces` of the frontier.
+    pub(crate) fn choose(&mut self, reach: &Reach, pieces: usize) {
         self.chosen.clear();
-        self.chosen.resize(self.walks.len(), 0);
+        self.chosen.resize(self.layers.len(), 0);
         let spent = self.forced();
-        let mut left = most.map_or(usize::MAX, |most| most.saturating_sub(spent));
-        for piece in &self.pieces {
+        let most = reach.max_moves.unwrap_or(usize::MAX);
+        let mut left = most.saturating_sub(spent);
+        let (mean, mut largest) = self.mean_and_largest();
+        let enough = reach.min_balance.map_or(0.0, |balance| mean / balance);
+        for piece in self.pieces.iter().take(pieces) {
+            if piece.slope <= reach.move_cost || largest <= enough {
+                return;
+            }
             let chosen = &mut self.chosen[piece.layer];
             if piece.moves <= left && piece.point == *chosen + 1 {
                 *chosen = piece.point;
                 left -= piece.moves;
+                largest -= piece.gain;
             }
         }
     }
 
     /// How many moves there is no way around.
-    pub(crate) fn forced(&self) -> usize {
-        let firsts = self.walks.iter().filter_map(|walks| walks.points().first());
-        firsts.map(|point| point.moves as usize).sum()
+    fn forced(&self) -> usize {
+        self.layers.iter().map(Layer::forced).sum()
+    }
+
+    /// The mean rank load and the largest after the moves that are forced and those that cost
+    /// nothing, summed over layers.
+    fn mean_and_largest(&self) -> (f64, f64) {
+        let units: f64 = self.layers.iter().map(|layer| layer.unit).sum();
+        let firsts = self.layers.iter().filter_map(|layer| {
+            let first = layer.points().first()?;
+            Some(f64::from(first.level) * layer.unit)
+        });
+        (units * self.ranks.mean(), firsts.sum())
     }
 
     /// Balance against moves, from none that is not forced to as many as help.
-    pub(crate) fn frontier(&self, topology: &Topology) -> Vec<Milestone> {
-        let units = balance::level_of_mean(topology);
-        let mean: f64 = self.means.iter().map(|mean| mean * units).sum();
-        let firsts = self.walks.iter().zip(&self.means);
-        let mut largest: f64 = firsts
-            .filter_map(|(walks, mean)| Some(f64::from(walks.points().first()?.level) * mean))
-            .sum();
+    pub(crate) fn frontier(&self) -> Vec<Milestone> {
+        let (mean, mut largest) = self.mean_and_largest();
         let balance = |largest: f64| {
             if largest > 0.0 {
                 (mean / largest).min(1.0)
@@ -121,10 +321,11 @@ impl Scratch {
             }
         };
         let mut moves = self.forced();
-        let mut milestones = vec![Milestone {
+        let mut milestones = Vec::with_capacity(self.pieces.len() + 1);
+        milestones.push(Milestone {
             moves,
             balance: balance(largest),
-        }];
+        });
         for piece in &self.pieces {
             moves += piece.moves;
             largest -= piece.gain;
@@ -140,22 +341,44 @@ impl Scratch {
     pub(crate) fn write(
         &mut self,
         topology: &Topology,
-        load: &Load<'_>,
         previous: &Placement,
         replicas: &mut [Replica],
     ) {
         let num_slots = topology.num_slots();
         let rows = previous.phy2log().chunks_exact(num_slots);
-        let layers = load
-            .layers()
-            .zip(rows)
-            .zip(replicas.chunks_exact_mut(num_slots));
-        for (layer, ((load, row), slots)) in layers.enumerate() {
-            let walks = &self.walks[layer];
-            let point = self.chosen[layer];
-            self.balance.go(topology, load, row, walks, point, slots);
+        let layers = self.layers.iter().zip(rows).zip(&self.chosen);
+        for (((layer, row), &point), slots) in layers.zip(replicas.chunks_exact_mut(num_slots)) {
+            layer.write(&self.ranks, topology, row, point, slots, &mut self.layer);
         }
     }
+}
+
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
+    "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
+))]
+fn walk_to(
+    layer: &mut Layer,
+    ranks: &Ranks,
+    aim: f64,
+    most: usize,
+    fuel: &mut Fuel,
+    scratch: &mut layer::Scratch,
+) -> Walked {
+    layer.walk_to(ranks, aim, most, fuel, scratch)
+}
+
+#[multiversion(targets(
+    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
+    "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
+))]
+fn walk_for_nothing(
+    layer: &mut Layer,
+    ranks: &Ranks,
+    fuel: &mut Fuel,
+    scratch: &mut layer::Scratch,
+) {
+    layer.walk_for_nothing(ranks, fuel, scratch);
 }
 
 /// Refuses a previous placement of other sizes.

@@ -9,9 +9,10 @@ use crate::balance::{self, Budget};
 use crate::deepseek;
 use crate::error::{Code, Error, Result, require_groups, require_positive};
 use crate::load::Load;
-use crate::migrate::{self, Milestone};
+use crate::migrate::{self, Milestone, Reach};
 use crate::placement::{Placement, PlacementMut, Replica};
 use crate::topology::Topology;
+use crate::transfer::TransferLimits;
 use crate::trivial;
 
 /// The most threads a planner may own.
@@ -293,13 +294,12 @@ impl Planner {
         Ok(draft)
     }
 
-    /// Plans the best placement that is at most `max_moves` moves from the one in force; without a
-    /// limit, one as even as moves make it. A move is an expert that arrives on a rank that did not
-    /// hold it. Experts that stay on their rank keep their slot.
+    /// Plans the best placement within reach of the one in force. A move is an expert that arrives
+    /// on a rank that did not hold it. Experts that stay on their rank keep their slot.
     ///
     /// Where GPUs have died or joined since, some moves cannot be avoided: an expert that lost its
-    /// last replica gets one, and slots that came free are filled. These are made even beyond
-    /// `max_moves`.
+    /// last replica gets one, and a rank that holds nothing gets an expert; if no slot may repeat an
+    /// expert, every slot that came free gets one. These are made whatever the limits.
     ///
     /// # Errors
     /// As [`draft`](Self::draft); [`Code::Inconsistent`] or [`Code::WrongShape`] for a previous
@@ -308,57 +308,104 @@ impl Planner {
         &self,
         load: &Load<'_>,
         previous: &Placement,
-        max_moves: Option<usize>,
+        reach: &Reach,
     ) -> Result<Placement> {
-        let shape = self.balanced_shape(load.num_experts())?;
-        let mut scratch = self.take_scratch();
-        let result = self.migrate(&mut scratch, &shape, load, previous, max_moves);
-        self.idle_scratch().push(scratch);
-        result
+        self.migrate(load, previous, reach, |scratch| {
+            scratch.migrate.choose(reach, usize::MAX);
+            self.write_moved(scratch, load, previous)
+        })
     }
 
-    fn migrate(
+    /// Like [`plan_from`](Self::plan_from), within limits on what has to be sent as well: of the
+    /// plans on the [frontier](Self::frontier), the furthest whose transfers keep to them.
+    ///
+    /// O(log M) times what [`transfers`](crate::transfers) takes, for M milestones.
+    ///
+    /// # Errors
+    /// As [`plan_from`](Self::plan_from), and [`Code::WrongShape`] for other layers in the limits.
+    pub fn plan_within(
         &self,
-        scratch: &mut Scratch,
-        shape: &balance::Shape,
         load: &Load<'_>,
         previous: &Placement,
-        max_moves: Option<usize>,
+        reach: &Reach,
+        limits: &TransferLimits<'_>,
     ) -> Result<Placement> {
-        let Scratch {
-            replicas, migrate, ..
-        } = scratch;
-        migrate.explore(
-            &self.topology,
-            shape,
-            self.budget,
-            load,
-            previous,
-            max_moves,
-        )?;
-        migrate.choose(max_moves);
-        replicas.clear();
-        replicas.resize(load.num_layers() * self.topology.num_slots(), Replica::NONE);
-        migrate.write(&self.topology, load, previous, replicas);
-        Placement::from_replicas(self.topology.clone(), load.num_experts(), replicas)
+        limits.check(load.num_layers())?;
+        self.migrate(load, previous, reach, |scratch| {
+            scratch.migrate.choose(reach, 0);
+            let mut best = self.write_moved(scratch, load, previous)?;
+            // All up to `fits` pieces keep to the limits, as far as is known; `beyond` do not.
+            let (mut fits, mut beyond) = (0, scratch.migrate.num_pieces() + 1);
+            while fits + 1 < beyond {
+                let middle = if fits == 0 && beyond > scratch.migrate.num_pieces() {
+                    beyond - 1
+                } else {
+                    fits.midpoint(beyond)
+                };
+                scratch.migrate.choose(reach, middle);
+                let next = self.write_moved(scratch, load, previous)?;
+                if limits.allow(previous, &next)? {
+                    (fits, best) = (middle, next);
+                } else {
+                    beyond = middle;
+                }
+            }
+            Ok(best)
+        })
     }
 
     /// Balance against moves, from the placement in force: each milestone is the best for its
     /// number of moves that the search has found, and [`plan_from`](Self::plan_from) with that
-    /// number leads there.
+    /// number leads there or nearby. Whether slots may repeat an expert of their rank is as in
+    /// [`Reach`].
     ///
     /// # Errors
     /// As [`plan_from`](Self::plan_from).
-    pub fn frontier(&self, load: &Load<'_>, previous: &Placement) -> Result<Vec<Milestone>> {
+    pub fn frontier(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        repeats: bool,
+    ) -> Result<Vec<Milestone>> {
+        let reach = Reach {
+            repeats,
+            ..Reach::default()
+        };
+        self.migrate(load, previous, &reach, |scratch| {
+            Ok(scratch.migrate.frontier())
+        })
+    }
+
+    /// Explores what moves lead to, and does something with it.
+    fn migrate<T>(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        reach: &Reach,
+        then: impl FnOnce(&mut Scratch) -> Result<T>,
+    ) -> Result<T> {
         let shape = self.balanced_shape(load.num_experts())?;
         let mut scratch = self.take_scratch();
-        let explored =
-            scratch
-                .migrate
-                .explore(&self.topology, &shape, self.budget, load, previous, None);
-        let frontier = explored.map(|()| scratch.migrate.frontier(&self.topology));
+        let migrate = &mut scratch.migrate;
+        let explored = migrate.explore(&self.topology, &shape, self.budget, load, previous, reach);
+        let result = explored.and_then(|()| then(&mut scratch));
         self.idle_scratch().push(scratch);
-        frontier
+        result
+    }
+
+    /// The placement that the moves chosen lead to.
+    fn write_moved(
+        &self,
+        scratch: &mut Scratch,
+        load: &Load<'_>,
+        previous: &Placement,
+    ) -> Result<Placement> {
+        let Scratch {
+            replicas, migrate, ..
+        } = scratch;
+        replicas.resize(load.num_layers() * self.topology.num_slots(), Replica::NONE);
+        migrate.write(&self.topology, previous, replicas);
+        Placement::from_replicas(self.topology.clone(), load.num_experts(), replicas)
     }
 
     fn idle_scratch(&self) -> MutexGuard<'_, Vec<Scratch>> {

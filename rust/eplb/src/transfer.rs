@@ -9,6 +9,7 @@
 
 use crate::error::{Code, Error, Result};
 use crate::placement::Placement;
+use crate::topology::Topology;
 
 /// One expert that has to get to a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +53,175 @@ pub fn transfers(previous: &Placement, next: &Placement, by_layer: bool) -> Resu
         assign_rounds(&mut list, num_ranks);
     }
     Ok(list)
+}
+
+/// How fast experts go from rank to rank.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Links {
+    /// What a rank sends to another of its node, in 1e9 bytes a second.
+    pub intra_node_gb_s: f64,
+    /// What it sends to one of another node.
+    pub inter_node_gb_s: f64,
+    /// What each round takes besides, in microseconds.
+    pub latency_us: f64,
+}
+
+impl Links {
+    /// # Errors
+    /// [`Code::OutOfRange`] unless the speeds are above 0 and the latency is 0 or more.
+    fn check(&self) -> Result<()> {
+        for (name, speed) in [
+            ("intra_node_gb_s", self.intra_node_gb_s),
+            ("inter_node_gb_s", self.inter_node_gb_s),
+        ] {
+            if !(speed > 0.0 && speed < f64::INFINITY) {
+                return Err(out_of_range(name, speed, "finite and above 0"));
+            }
+        }
+        if !(self.latency_us >= 0.0 && self.latency_us < f64::INFINITY) {
+            let name = "latency_us";
+            return Err(out_of_range(name, self.latency_us, "finite and 0 or more"));
+        }
+        Ok(())
+    }
+}
+
+fn out_of_range(argument: &'static str, got: f64, expected: &str) -> Error {
+    Error::invalid(Code::OutOfRange, argument, got, expected, "")
+}
+
+/// How long transfers take, in seconds: their rounds one after the other, each as long as its slowest
+/// transfer. `expert_bytes[layer]` is the size of an expert. Copies on a rank and loads from storage
+/// are left out. O(T) for T transfers.
+///
+/// # Errors
+/// [`Code::OutOfRange`] for the links or the bytes; [`Code::WrongShape`] if a transfer is of a layer
+/// beyond them.
+pub fn predicted_s(
+    transfers: &[Transfer],
+    topology: &Topology,
+    by_layer: bool,
+    expert_bytes: &[f64],
+    links: &Links,
+) -> Result<f64> {
+    links.check()?;
+    check_bytes(expert_bytes)?;
+    // The slowest of each round, of the layers there are.
+    let mut slowest: Vec<f64> = Vec::new();
+    let mut total = 0.0;
+    let mut layer = None;
+    let finish = |slowest: &mut Vec<f64>| {
+        let seconds = slowest.iter().sum::<f64>() + slowest.len() as f64 * links.latency_us * 1e-6;
+        slowest.clear();
+        seconds
+    };
+    for transfer in transfers {
+        let (Some(source), Some(round)) = (transfer.source, transfer.round) else {
+            continue;
+        };
+        if by_layer && layer != Some(transfer.layer) {
+            total += finish(&mut slowest);
+            layer = Some(transfer.layer);
+        }
+        let Some(bytes) = expert_bytes.get(transfer.layer as usize) else {
+            return Err(wrong_layers(
+                expert_bytes.len(),
+                transfer.layer as usize + 1,
+            ));
+        };
+        let node = |gpu: u32| topology.node_of(gpu as usize);
+        let speed = if node(source) == node(transfer.target) {
+            links.intra_node_gb_s
+        } else {
+            links.inter_node_gb_s
+        };
+        let round = round as usize;
+        if slowest.len() <= round {
+            slowest.resize(round + 1, 0.0);
+        }
+        slowest[round] = slowest[round].max(bytes / speed / 1e9);
+    }
+    Ok(total + finish(&mut slowest))
+}
+
+fn check_bytes(expert_bytes: &[f64]) -> Result<()> {
+    let sound = |bytes: &&f64| !(**bytes > 0.0 && **bytes < f64::INFINITY);
+    match expert_bytes.iter().find(sound) {
+        Some(&bytes) => Err(out_of_range("expert_bytes", bytes, "finite and above 0")),
+        None => Ok(()),
+    }
+}
+
+fn wrong_layers(got: usize, wanted: usize) -> Error {
+    Error::invalid(
+        Code::WrongShape,
+        "expert_bytes",
+        format!("{got} numbers"),
+        format!("one for each of {wanted} layers"),
+        "",
+    )
+}
+
+/// Limits on what has to be sent for a placement to take the place of another.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TransferLimits<'a> {
+    /// The bytes of an expert of each layer.
+    pub expert_bytes: &'a [f64],
+    /// The most bytes that any rank sends, and that any receives, over all layers.
+    pub max_bytes_per_rank: Option<f64>,
+    /// The longest that the rounds may take, in seconds, and over what links.
+    pub max_seconds: Option<(f64, Links)>,
+    /// Whether each layer has rounds of its own.
+    pub by_layer: bool,
+}
+
+impl TransferLimits<'_> {
+    pub(crate) fn check(&self, num_layers: usize) -> Result<()> {
+        check_bytes(self.expert_bytes)?;
+        if self.expert_bytes.len() != num_layers {
+            return Err(wrong_layers(self.expert_bytes.len(), num_layers));
+        }
+        let seconds = self.max_seconds.map(|(seconds, _)| seconds);
+        for (name, limit) in [
+            ("max_bytes_per_rank", self.max_bytes_per_rank),
+            ("max_seconds", seconds),
+        ] {
+            if let Some(limit) = limit.filter(|limit| limit.is_nan() || *limit < 0.0) {
+                return Err(out_of_range(name, limit, "0 or more"));
+            }
+        }
+        self.max_seconds.map_or(Ok(()), |(_, links)| links.check())
+    }
+
+    /// Whether what has to be sent keeps to the limits.
+    pub(crate) fn allow(&self, previous: &Placement, next: &Placement) -> Result<bool> {
+        let list = transfers(previous, next, self.by_layer)?;
+        let topology = next.topology();
+        if let Some(most) = self.max_bytes_per_rank
+            && busiest_bytes(&list, topology, self.expert_bytes) > most
+        {
+            return Ok(false);
+        }
+        let Some((most, links)) = self.max_seconds else {
+            return Ok(true);
+        };
+        Ok(predicted_s(&list, topology, self.by_layer, self.expert_bytes, &links)? <= most)
+    }
+}
+
+/// The most bytes that any rank sends to others or receives, from storage too.
+fn busiest_bytes(list: &[Transfer], topology: &Topology, expert_bytes: &[f64]) -> f64 {
+    let mut bytes = vec![0.0; 2 * topology.num_gpus()];
+    for transfer in list {
+        if transfer.source != Some(transfer.target) {
+            let more = expert_bytes[transfer.layer as usize];
+            bytes[2 * transfer.target as usize] += more;
+            if let Some(source) = transfer.source {
+                bytes[2 * source as usize + 1] += more;
+            }
+        }
+    }
+    bytes.into_iter().fold(0.0, f64::max)
 }
 
 fn check_alike(previous: &Placement, next: &Placement) -> Result<()> {
@@ -219,7 +389,6 @@ fn assign_rounds(list: &mut [Transfer], num_ranks: usize) {
 mod tests {
     #![expect(clippy::unwrap_used, reason = "a test may fail")]
     use super::*;
-    use crate::topology::Topology;
     use proptest::prelude::*;
 
     fn placement(phy2log: Vec<i64>) -> Placement {

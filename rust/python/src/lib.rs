@@ -15,12 +15,13 @@ mod schedule_choice;
 mod schedule_errors;
 mod split;
 mod topology;
+mod transfers;
 
 /// Planning core of `eplb_rs` and `dualpipe`. Use the packages; this module is theirs.
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
-    use crate::placement::{Placement, bounds, tight_lower_bound, transfers};
+    use crate::placement::{Placement, bounds, tight_lower_bound};
     #[pymodule_export]
     use crate::planner::{Planner, check_groups};
     #[pymodule_export]
@@ -33,6 +34,8 @@ mod _core {
     use crate::split::Splitter;
     #[pymodule_export]
     use crate::topology::Topology;
+    #[pymodule_export]
+    use crate::transfers::{predicted_s, transfers};
 
     /// The version of the distribution.
     #[pymodule_export]

@@ -130,33 +130,6 @@ where
     Ok(array)
 }
 
-/// What has to be sent for one placement to take the place of another, int64 `[T, 7]`: layer,
-/// expert, source slot, source rank, slot, rank, round; -1 stands for none.
-#[pyfunction]
-pub(crate) fn transfers<'py>(
-    py: Python<'py>,
-    previous: &Placement,
-    following: &Placement,
-    by_layer: bool,
-) -> PyResult<Bound<'py, PyArray2<i64>>> {
-    let list = eplb::transfers(&previous.0, &following.0, by_layer);
-    let list = list.map_err(|error| plan_error(py, &error))?;
-    let or_none = |value: Option<u32>| value.map_or(-1, i64::from);
-    let mut table = Vec::with_capacity(list.len() * 7);
-    for transfer in &list {
-        table.extend([
-            i64::from(transfer.layer),
-            i64::from(transfer.expert),
-            or_none(transfer.source_slot),
-            or_none(transfer.source),
-            i64::from(transfer.slot),
-            i64::from(transfer.target),
-            or_none(transfer.round),
-        ]);
-    }
-    PyArray1::from_vec(py, table).reshape([list.len(), 7])
-}
-
 /// Lower bounds on the largest rank load of each layer, float64 `[num_layers, 4]`, for any placement
 /// on these machines: by the mean, the least largest share, ranks that differ, groups that stay.
 #[pyfunction]

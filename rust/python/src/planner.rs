@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use eplb::{Budget, GroupRule, Load, PlacementMut, Policy};
+use eplb::{Budget, GroupRule, Load, PlacementMut, Policy, Reach, TransferLimits};
 use numpy::ndarray::{Dimension, Ix2, Ix3};
 use numpy::{
     BorrowError, PyArray, PyArray1, PyArray2, PyArray3, PyArrayDescrMethods, PyArrayMethods,
@@ -16,11 +16,25 @@ use crate::arguments::{LoadArray, count, not_contiguous};
 use crate::errors::{invalid_input, plan_error};
 use crate::placement::Placement;
 use crate::topology::Topology;
+use crate::transfers::links_of;
 
 /// The most slots, over all layers, that are planned without letting go of the interpreter:
 /// about 50 us of work. Getting it back costs 0.2 us from nobody, and up to a switch interval
 /// (5 ms) from a thread that computes in Python.
 const ATTACHED_SLOTS: usize = 4096;
+
+/// The most moves, what a move costs, the balance that is enough, and whether slots may repeat an
+/// expert of their rank.
+type ReachTuple = (Option<usize>, f64, Option<f64>, bool);
+
+fn reach_of((max_moves, move_cost, min_balance, repeats): ReachTuple) -> Reach {
+    Reach {
+        max_moves,
+        move_cost,
+        min_balance,
+        repeats,
+    }
+}
 
 /// `phy2log`, `log2phy` and `logcnt`.
 type Arrays<'py> = (
@@ -176,16 +190,44 @@ impl Planner {
             .map(Placement)
     }
 
-    /// Plans the best placement within a number of moves of another.
+    /// Plans the best placement within reach of another.
     fn plan_from(
         &self,
         py: Python<'_>,
         load: &Bound<'_, PyArray2<f32>>,
         previous: &Placement,
-        max_moves: Option<usize>,
+        reach: ReachTuple,
     ) -> PyResult<Placement> {
         let load = LoadArray::new(load)?;
-        let plan = |load: &Load<'_>| self.planner.plan_from(load, &previous.0, max_moves);
+        let reach = reach_of(reach);
+        let plan = |load: &Load<'_>| self.planner.plan_from(load, &previous.0, &reach);
+        self.run(py, &load, plan).map(Placement)
+    }
+
+    /// The same within limits on what has to be sent: the bytes of an expert of each layer, the most
+    /// that a rank sends or receives, the longest that the rounds take and over what links, and
+    /// whether each layer has its own.
+    fn plan_within(
+        &self,
+        py: Python<'_>,
+        load: &Bound<'_, PyArray2<f32>>,
+        previous: &Placement,
+        reach: ReachTuple,
+        limits: (Vec<f64>, Option<f64>, Option<f64>, (f64, f64, f64), bool),
+    ) -> PyResult<Placement> {
+        let load = LoadArray::new(load)?;
+        let reach = reach_of(reach);
+        let (expert_bytes, max_bytes_per_rank, max_seconds, links, by_layer) = limits;
+        let limits = TransferLimits {
+            expert_bytes: &expert_bytes,
+            max_bytes_per_rank,
+            max_seconds: max_seconds.map(|seconds| (seconds, links_of(links))),
+            by_layer,
+        };
+        let plan = |load: &Load<'_>| {
+            let planner = &self.planner;
+            planner.plan_within(load, &previous.0, &reach, &limits)
+        };
         self.run(py, &load, plan).map(Placement)
     }
 
@@ -195,9 +237,11 @@ impl Planner {
         py: Python<'_>,
         load: &Bound<'_, PyArray2<f32>>,
         previous: &Placement,
+        repeats: bool,
     ) -> PyResult<Vec<(usize, f64)>> {
         let load = LoadArray::new(load)?;
-        let milestones = self.run(py, &load, |load| self.planner.frontier(load, &previous.0))?;
+        let frontier = |load: &Load<'_>| self.planner.frontier(load, &previous.0, repeats);
+        let milestones = self.run(py, &load, frontier)?;
         Ok(milestones
             .into_iter()
             .map(|stone| (stone.moves, stone.balance))

@@ -15,7 +15,6 @@ mod fill;
 mod fold;
 mod fuel;
 mod groups;
-mod moves;
 mod part;
 mod random;
 mod ranks;
@@ -26,16 +25,17 @@ mod swaps;
 
 use std::time::Instant;
 
+pub(crate) use counts::share;
 pub use fuel::Budget;
+pub(crate) use fuel::Fuel;
 pub(crate) use groups::Assignment;
-pub(crate) use moves::Walks;
+pub(crate) use ranks::WHOLE;
 
 use crate::error::{Code, Error, Result, require_multiple};
 use crate::lanes::LANES;
 use crate::placement::Replica;
 use crate::planner::check_slots;
 use crate::topology::Topology;
-use fuel::Fuel;
 use part::Part;
 use ranks::Ranks;
 use starts::Starts;
@@ -57,16 +57,6 @@ pub(crate) struct Scratch {
     groups: Assignment,
     crossing: crossing::Scratch,
     free: Vec<Replica>,
-    home: Ranks,
-    local: Vec<u32>,
-    node_of: Vec<u32>,
-}
-
-/// The mean load of a rank, in the units of levels.
-pub(crate) fn level_of_mean(topology: &Topology) -> f64 {
-    let mut part = Part::default();
-    part.set_ranks(topology.live_gpus());
-    f64::from(part.level_over_mean(0.0))
 }
 
 /// What the policy is asked for.
@@ -184,6 +174,12 @@ impl Shape {
     /// Whether the rule keeps groups on one node.
     pub(crate) fn keeps_groups(&self) -> bool {
         self.num_groups > 1
+    }
+
+    /// How many experts a group has, where groups stay on one node.
+    pub(crate) fn kept_group_size(&self) -> Option<usize> {
+        self.keeps_groups()
+            .then(|| self.num_experts / self.num_groups)
     }
 }
 
@@ -362,208 +358,6 @@ impl Scratch {
                 };
                 *number += 1;
             }
-        }
-    }
-}
-
-fn explore_walks(
-    part: &Part,
-    home: &Ranks,
-    likely: Option<u32>,
-    fuel: &mut Fuel,
-    ranks: &mut Ranks,
-    search: &mut swaps::Scratch,
-    walks: &mut Walks,
-) {
-    walks.explore(part, home, likely, fuel, ranks, search);
-}
-
-/// Migrations: from who holds what to what else is within reach.
-impl Scratch {
-    /// Explores the moves of one layer from the placement in `row`. Returns how much load a unit of
-    /// level stands for.
-    #[expect(clippy::too_many_arguments, reason = "what the planner has, handed on")]
-    pub(crate) fn explore(
-        &mut self,
-        topology: &Topology,
-        shape: &Shape,
-        budget: Budget,
-        load: &[f32],
-        row: &[i64],
-        likely: Option<u32>,
-        walks: &mut Walks,
-    ) -> f64 {
-        let mut fuel = match budget {
-            Budget::Iterations(steps) => Fuel::steps(steps.max(1)),
-            Budget::Time(time) => Fuel::until(Instant::now() + time),
-        };
-        self.take_layer(topology, load, row);
-        walks.start.copy_from(&self.home);
-        if shape.keeps_groups() {
-            walks.start.stay_on_nodes(&self.node_of);
-        }
-        self.settle(walks);
-        explore_walks(
-            &self.part,
-            &self.home,
-            likely,
-            &mut fuel,
-            &mut self.ranks,
-            &mut self.search,
-            walks,
-        );
-        let total: f64 = load.iter().map(|&load| f64::from(load)).sum();
-        total / f64::from(part::TOTAL as i32)
-    }
-
-    /// Makes the part of a whole layer, and who holds what at home.
-    fn take_layer(&mut self, topology: &Topology, load: &[f32], row: &[i64]) {
-        self.part.set_ranks(topology.live_gpus());
-        self.part.set_experts(0..load.len() as u32, load);
-        self.local.clear();
-        self.local.resize(load.len(), 0);
-        for (local, &expert) in self.part.experts.iter().enumerate() {
-            self.local[expert as usize] = local as u32;
-        }
-        self.node_of.clear();
-        let nodes = self
-            .part
-            .ranks
-            .iter()
-            .map(|&gpu| topology.node_of(gpu as usize) as u32);
-        self.node_of.extend(nodes);
-        let Self {
-            part, home, local, ..
-        } = self;
-        let slots_of = |rank: usize| topology.slots_of(part.ranks[rank] as usize);
-        let share = |expert: usize, count: u32| counts::share(part.weight[expert], count);
-        home.take(part, slots_of, row, local, share);
-    }
-
-    /// Finds a place for experts that have none, and something for every free slot.
-    fn settle(&mut self, walks: &mut Walks) {
-        let Self { part, .. } = self;
-        let ranks = &mut walks.start;
-        let share = |expert: usize, count: u32| counts::share(part.weight[expert], count);
-        let lightest_free = |ranks: &Ranks, expert: usize| {
-            (0..ranks.num_ranks())
-                .filter(|&rank| !ranks.holds(rank, expert))
-                .filter_map(|rank| {
-                    let slot = (0..ranks.filled(rank)).find(|&slot| ranks.is_free(rank, slot))?;
-                    Some((ranks.time(rank, ranks.load(rank)), rank, slot))
-                })
-                .min()
-        };
-        for expert in 0..part.weight.len() {
-            if ranks.count(expert) > 0 {
-                continue;
-            }
-            if let Some((_, rank, slot)) = lightest_free(ranks, expert) {
-                ranks.occupy(rank, slot, expert, share);
-                continue;
-            }
-            // In the place of a replica of another: where the heaviest rank touched is lightest.
-            let mut best: Option<(i32, usize, usize)> = None;
-            for rank in 0..ranks.num_ranks() {
-                for slot in 0..ranks.filled(rank) {
-                    if ranks.count(ranks.expert_in(rank, slot)) > 1 {
-                        let level = ranks.level_after_recount(rank, slot, expert, share);
-                        if best.is_none_or(|best| (level, rank, slot) < best) {
-                            best = Some((level, rank, slot));
-                        }
-                    }
-                }
-            }
-            if let Some((_, rank, slot)) = best {
-                ranks.recount(rank, slot, expert, share);
-            }
-        }
-        // A free slot takes what comes nearest to filling its rank up to the mean, if all its free
-        // slots took as much.
-        let mean = i64::from(part.level_over_mean(0.0));
-        for rank in 0..ranks.num_ranks() {
-            for slot in 0..ranks.filled(rank) {
-                if !ranks.is_free(rank, slot) {
-                    continue;
-                }
-                let free = (slot..ranks.filled(rank)).filter(|&slot| ranks.is_free(rank, slot));
-                let missing = mean - i64::from(ranks.time(rank, ranks.load(rank)));
-                let want = missing / free.count() as i64;
-                let nearest = (0..part.weight.len())
-                    .filter(|&expert| !ranks.holds(rank, expert))
-                    .min_by_key(|&expert| {
-                        let more = share(expert, ranks.count(expert) + 1);
-                        (i64::from(ranks.time(rank, more)) - want).abs()
-                    });
-                if let Some(expert) = nearest {
-                    ranks.occupy(rank, slot, expert, share);
-                }
-            }
-        }
-    }
-
-    /// Writes what each slot of a layer holds at a point of its frontier. What stays on a rank
-    /// keeps its slot.
-    pub(crate) fn go(
-        &mut self,
-        topology: &Topology,
-        load: &[f32],
-        row: &[i64],
-        walks: &Walks,
-        point: usize,
-        slots: &mut [Replica],
-    ) {
-        self.take_layer(topology, load, row);
-        slots.fill(Replica::NONE);
-        let Self {
-            part,
-            ranks,
-            home,
-            local,
-            numbers,
-            ..
-        } = self;
-        match walks.points().get(point) {
-            Some(point) => walks.go(part, point, ranks),
-            None => ranks.copy_from(home),
-        }
-        let stays = |slot: usize, rank: usize, ranks: &Ranks| {
-            let expert = usize::try_from(row[slot]).ok()?;
-            ranks
-                .holds(rank, local[expert] as usize)
-                .then_some(expert as u32)
-        };
-        for rank in 0..ranks.num_ranks() {
-            let of_rank = topology.slots_of(part.ranks[rank] as usize);
-            let first = of_rank.start;
-            for slot in of_rank.clone() {
-                if let Some(expert) = stays(slot, rank, ranks)
-                    && !slots[first..slot]
-                        .iter()
-                        .any(|replica| replica.expert == expert)
-                {
-                    slots[slot] = Replica { expert, number: 0 };
-                }
-            }
-            let mut newcomers = (0..ranks.filled(rank))
-                .filter(|&slot| !ranks.is_free(rank, slot))
-                .map(|slot| ranks.expert_in(rank, slot))
-                .filter(|&expert| !home.holds(rank, expert))
-                .map(|expert| part.experts[expert]);
-            for slot in of_rank {
-                if slots[slot] == Replica::NONE {
-                    // A slot that nothing fits, or that repeats an expert, keeps what it has.
-                    let kept = u32::try_from(row[slot]).unwrap_or(slots[first].expert);
-                    let expert = newcomers.next().unwrap_or(kept);
-                    slots[slot] = Replica { expert, number: 0 };
-                }
-            }
-        }
-        numbers.clear();
-        numbers.resize(load.len(), 0);
-        for slot in slots.iter_mut().filter(|slot| **slot != Replica::NONE) {
-            slot.number = numbers[slot.expert as usize];
-            numbers[slot.expert as usize] += 1;
         }
     }
 }

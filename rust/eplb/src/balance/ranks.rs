@@ -1,8 +1,7 @@
 //! A placement of one layer while it is being improved: what each rank holds, slot by slot.
 
 use super::part::{self, Part};
-use super::rows::{self, LANES};
-use super::swaps::Order;
+use super::rows::LANES;
 
 /// All loads of a layer together come to at most this.
 pub(crate) const WHOLE: i32 = 1 << 29;
@@ -41,8 +40,6 @@ pub(crate) struct Ranks {
     count: Vec<u32>,
     /// How much slower than the mean each rank is; empty if none is.
     slowness: Vec<i64>,
-    /// The node of each rank, where replicas stay on their node; else empty.
-    node_of: Vec<u32>,
 }
 
 /// The exchange of two replicas: ranks and slots.
@@ -71,19 +68,6 @@ impl Ranks {
         renew(&mut self.count, num_experts, 0);
         self.slowness.clear();
         self.slowness.extend_from_slice(part.slowness());
-        self.node_of.clear();
-    }
-
-    /// Keeps replicas on their nodes from now on, or, with an empty list, no longer.
-    pub(crate) fn stay_on_nodes(&mut self, node_of: &[u32]) {
-        self.node_of.clear();
-        self.node_of.extend_from_slice(node_of);
-    }
-
-    /// Whether replicas may go from one rank to another.
-    #[inline(always)]
-    pub(crate) fn may_trade(&self, rank: usize, other: usize) -> bool {
-        self.node_of.is_empty() || self.node_of[rank] == self.node_of[other]
     }
 
     /// Becomes a copy of another table, in the memory that is there.
@@ -100,7 +84,6 @@ impl Ranks {
         self.hosts.clone_from(&other.hosts);
         self.count.clone_from(&other.count);
         self.slowness.clone_from(&other.slowness);
-        self.node_of.clone_from(&other.node_of);
     }
 
     pub(crate) fn num_ranks(&self) -> usize {
@@ -246,70 +229,6 @@ impl Ranks {
             .find(|&slot| !self.holds(to, self.expert[self.site(slot, from)] as usize))
     }
 
-    /// Takes over who holds what, by slot, from a row of experts; `local` gives their numbers here.
-    /// What repeats an expert of its rank, or is nobody, leaves its slot free. Returns whether any
-    /// slot is free.
-    pub(crate) fn take(
-        &mut self,
-        part: &Part,
-        slots_of: impl Fn(usize) -> std::ops::Range<usize>,
-        row: &[i64],
-        local: &[u32],
-        share: impl Fn(usize, u32) -> i32,
-    ) -> bool {
-        self.reset(part, local.len());
-        let mut free = false;
-        for rank in 0..self.num_ranks {
-            for (slot, index) in slots_of(rank).enumerate() {
-                let expert = usize::try_from(row[index])
-                    .ok()
-                    .map(|expert| local[expert] as usize);
-                match expert.filter(|&expert| !self.holds(rank, expert)) {
-                    Some(expert) => {
-                        let site = self.site(slot, rank);
-                        self.expert[site] = expert as u32;
-                        self.count[expert] += 1;
-                        self.flip(rank, expert);
-                    }
-                    None => free = true,
-                }
-            }
-            self.filled[rank] = self.slots_of[rank];
-        }
-        for rank in 0..self.num_ranks {
-            for slot in 0..self.filled[rank] as usize {
-                let site = self.site(slot, rank);
-                let expert = self.expert[site];
-                if expert != NOBODY {
-                    self.share[site] = share(expert as usize, self.count[expert as usize]);
-                    self.load[rank] += self.share[site];
-                }
-            }
-        }
-        free
-    }
-
-    /// Puts a replica in a free slot; the other replicas of its expert then carry less.
-    pub(crate) fn occupy(
-        &mut self,
-        rank: usize,
-        slot: usize,
-        expert: usize,
-        share: impl Fn(usize, u32) -> i32,
-    ) {
-        let site = self.site(slot, rank);
-        self.expert[site] = expert as u32;
-        self.share[site] = 0;
-        self.flip(rank, expert);
-        self.count[expert] += 1;
-        self.reshare(expert, share(expert, self.count[expert]));
-    }
-
-    /// Whether nothing is in a slot.
-    pub(crate) fn is_free(&self, rank: usize, slot: usize) -> bool {
-        self.expert[self.site(slot, rank)] == NOBODY
-    }
-
     /// Makes all replicas of an expert carry a share.
     #[inline(always)]
     fn reshare(&mut self, expert: usize, share: i32) {
@@ -325,28 +244,6 @@ impl Ranks {
                 }
             }
         }
-    }
-
-    /// By how much ranks that hold an expert would exceed `level` in all if its share became
-    /// another; a rank aside.
-    #[inline(always)]
-    pub(crate) fn excess_if_shared(
-        &self,
-        expert: usize,
-        share: i32,
-        aside: usize,
-        level: i32,
-    ) -> i64 {
-        let mut excess = 0;
-        self.each_host(expert, |host| {
-            if host != aside
-                && let Some(slot) = self.slot_of(host, expert)
-            {
-                let load = self.load[host] + share - self.share[self.site(slot, host)];
-                excess += i64::from((self.time(host, load) - level).max(0));
-            }
-        });
-        excess
     }
 
     /// Puts a replica on a rank with a free slot.
@@ -465,96 +362,6 @@ impl Ranks {
             self.flip(heavy, expert);
             self.flip(light, expert);
         }
-    }
-
-    /// The exchange that takes least from a rank for it to be at a level, with the lightest rank
-    /// that stays below the level then. For ranks of equal speed.
-    #[inline(always)]
-    pub(crate) fn shed(&self, heavy: usize, level: i32, order: &Order) -> Option<Swap> {
-        if !self.slowness.is_empty() {
-            return None;
-        }
-        let need = self.load[heavy] - level;
-        for light in order.lightest_first() {
-            let room = level - self.load[light];
-            if room < need {
-                return None;
-            }
-            if light == heavy || !self.may_trade(heavy, light) {
-                continue;
-            }
-            // What takes less than needed wraps around to more than anything.
-            let over = rows::least_above(self.shares_of(heavy), self.row(light), need);
-            if over > (room - need) as u32 {
-                continue;
-            }
-            let slots = 0..self.filled[light] as usize;
-            if let Some((_, swap)) = self.least_fit(heavy, light, need, room, slots) {
-                return Some(swap);
-            }
-        }
-        None
-    }
-
-    /// Like [`shed`](Self::shed), for a replica that has moved already: that costs one move less.
-    #[inline(always)]
-    pub(crate) fn shed_by_return(&self, heavy: usize, level: i32, home: &Self) -> Option<Swap> {
-        if !self.slowness.is_empty() {
-            return None;
-        }
-        let need = self.load[heavy] - level;
-        let mut best: Option<(i32, Swap)> = None;
-        for light in 0..self.num_ranks {
-            let room = level - self.load[light];
-            if room < need || !self.may_trade(heavy, light) {
-                continue;
-            }
-            for slot in 0..self.filled[light] as usize {
-                if home.holds(light, self.expert_in(light, slot)) {
-                    continue;
-                }
-                if let Some(fit) = self.least_fit(heavy, light, need, room, slot..slot + 1)
-                    && best.is_none_or(|best| fit.0 < best.0)
-                {
-                    best = Some(fit);
-                }
-            }
-        }
-        best.map(|(_, swap)| swap)
-    }
-
-    /// Of the exchanges with some slots of a rank that take from `need` to `room`, the one that
-    /// takes least, and what it takes.
-    #[inline(always)]
-    fn least_fit(
-        &self,
-        heavy: usize,
-        light: usize,
-        need: i32,
-        room: i32,
-        slots: std::ops::Range<usize>,
-    ) -> Option<(i32, Swap)> {
-        let mut best: Option<(i32, Swap)> = None;
-        for theirs in slots {
-            if !self.may_move(theirs, light, heavy) {
-                continue;
-            }
-            let share = self.share[self.site(theirs, light)];
-            for ours in 0..self.filled[heavy] as usize {
-                let taken = self.share[self.site(ours, heavy)] - share;
-                if (need..=room).contains(&taken)
-                    && best.is_none_or(|best| taken < best.0)
-                    && self.may_move(ours, heavy, light)
-                {
-                    let swap = Swap {
-                        heavy: (heavy, ours),
-                        light: (light, theirs),
-                    };
-                    best = Some((taken, swap));
-                }
-            }
-        }
-        best
     }
 
     /// Whether a rank lacks the expert in a slot of another.

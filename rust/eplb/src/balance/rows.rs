@@ -71,20 +71,3 @@ pub(crate) fn lower<const N: usize>(
         *best = after.min(*best);
     }
 }
-
-/// The least by which the difference of one of `ours` and one of `theirs` is above a goal, taken as
-/// unsigned: what is below it wraps around.
-#[inline(always)]
-pub(crate) fn least_above(ours: &[i32], theirs: &[i32], goal: i32) -> u32 {
-    let mut least = [u32::MAX; LANES];
-    let (rows, _) = theirs.as_chunks::<LANES>();
-    for theirs in rows {
-        for &ours in ours {
-            for lane in 0..LANES {
-                let above = ours.wrapping_sub(theirs[lane]).wrapping_sub(goal);
-                least[lane] = least[lane].min(above as u32);
-            }
-        }
-    }
-    least.into_iter().fold(u32::MAX, Ord::min)
-}

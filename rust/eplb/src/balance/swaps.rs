@@ -216,7 +216,7 @@ impl Ranks {
             if even >= bound {
                 break;
             }
-            if light == heavy || !self.may_trade(heavy, light) {
+            if light == heavy {
                 continue;
             }
             if crowd[light / 64] >> (light % 64) & 1 == 0 {
@@ -277,10 +277,7 @@ impl Ranks {
         let mut found = None;
         for light in order.lightest_first().take(partners) {
             let half = self.half(heavy, light);
-            if light == heavy
-                || !self.may_trade(heavy, light)
-                || self.level(heavy, light, half, 0) >= best
-            {
+            if light == heavy || self.level(heavy, light, half, 0) >= best {
                 continue;
             }
             self.mask(heavy, light, ours, theirs);
@@ -358,7 +355,7 @@ impl Ranks {
             if self.level(heavy, light, half, 0) >= level {
                 return None;
             }
-            if light == heavy || !self.may_trade(heavy, light) {
+            if light == heavy {
                 continue;
             }
             let crowded = crowd[light / 64] >> (light % 64) & 1 != 0;

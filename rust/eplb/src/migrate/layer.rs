@@ -1,0 +1,297 @@
+//! What moves would do to one layer: the frontier of its heaviest rank against moves.
+//!
+//! For each of a few levels a walk starts again from the placement in force, and takes the step that
+//! is worth most for what it moves, until no rank is above the level: aiming at a level wastes
+//! nothing on ranks that are light enough. Every step of every walk is a point of the frontier: so
+//! many moves, so heavy a heaviest rank.
+
+use super::settle::{self, settle};
+use super::table::{Ranks, Site, Table, renew, scale};
+use super::walk::{self, Step, Walker};
+use crate::balance::Fuel;
+use crate::placement::Replica;
+use crate::topology::Topology;
+
+/// A point of a frontier: where a walk has come to.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Point {
+    pub(crate) moves: u32,
+    pub(crate) level: i32,
+    /// The steps that lead there.
+    first: u32,
+    end: u32,
+}
+
+/// What a walk took: the moves, and how many ranks were above its level.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Walked {
+    pub(crate) moves: usize,
+    pub(crate) above: usize,
+}
+
+/// Scratch that layers share.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    table: Table,
+    walk: walk::Scratch,
+    settle: settle::Scratch,
+    /// The load and the speed of each island.
+    islands: Vec<(f64, f64)>,
+    /// What a rank holds and has no slot for yet.
+    unplaced: Vec<u32>,
+    numbers: Vec<u32>,
+}
+
+/// One layer: where it starts, and where its walks have led.
+#[derive(Debug, Default)]
+pub(crate) struct Layer {
+    weight: Vec<i32>,
+    /// Who held what before any move.
+    home: Vec<u64>,
+    /// Who holds what after the moves that cannot be avoided.
+    start: Table,
+    /// How much load a unit of level stands for.
+    pub(crate) unit: f64,
+    /// A level that no step leads below: the mean of the island that has most to do.
+    pub(crate) floor: f64,
+    /// Whether a slot may repeat an expert of its rank.
+    repeats: bool,
+    steps: Vec<Step>,
+    points: Vec<Point>,
+}
+
+impl Layer {
+    /// Takes over what a row of slots holds, and makes the moves that cannot be avoided.
+    pub(crate) fn start(
+        &mut self,
+        ranks: &Ranks,
+        topology: &Topology,
+        load: &[f32],
+        row: &[i64],
+        repeats: bool,
+        scratch: &mut Scratch,
+    ) {
+        self.repeats = repeats;
+        self.unit = scale(load, &mut self.weight);
+        self.start.take(ranks, &self.weight, topology, row, repeats);
+        self.home.clear();
+        self.home.extend_from_slice(self.start.hosts());
+        settle(
+            ranks,
+            &self.weight,
+            &mut self.start,
+            repeats,
+            &mut scratch.settle,
+        );
+        let came = self.start.hosts().iter().zip(&self.home);
+        let moves = came.map(|(now, then)| (now & !then).count_ones()).sum();
+        renew(&mut scratch.islands, ranks.num_islands(), (0.0, 0.0));
+        for rank in 0..ranks.len() {
+            let (load, speed) = &mut scratch.islands[ranks.island_of(rank)];
+            *load += f64::from(self.start.load[rank]);
+            *speed += ranks.speed(rank);
+        }
+        let islands = scratch.islands.iter().filter(|&&(_, speed)| speed > 0.0);
+        self.floor = islands
+            .map(|(load, speed)| load / speed)
+            .fold(0.0, f64::max);
+        self.steps.clear();
+        self.points.clear();
+        self.points.push(Point {
+            moves,
+            level: self.start.level(ranks),
+            first: 0,
+            end: 0,
+        });
+    }
+
+    /// How many moves there is no way around.
+    pub(crate) fn forced(&self) -> usize {
+        self.points.first().map_or(0, |point| point.moves as usize)
+    }
+
+    /// Lists how far above the floor each rank is that is above it, as a fraction.
+    pub(crate) fn list_excesses(&self, ranks: &Ranks, list: &mut Vec<f64>) {
+        if self.floor > 0.0 {
+            let loads = (0..ranks.len()).map(|rank| ranks.time(rank, self.start.load[rank]));
+            let excesses = loads.map(|time| f64::from(time) / self.floor - 1.0);
+            list.extend(excesses.filter(|&excess| excess > 0.0));
+        }
+    }
+
+    /// Takes the steps that lighten the heaviest rank at no move: those that make slots repeat an
+    /// expert.
+    #[inline(always)]
+    pub(crate) fn walk_for_nothing(
+        &mut self,
+        ranks: &Ranks,
+        fuel: &mut Fuel,
+        scratch: &mut Scratch,
+    ) {
+        if !self.repeats {
+            return;
+        }
+        scratch.table.copy_from(&self.start);
+        let mut trail = Trail::new(self.forced(), &mut self.steps, &mut self.points);
+        let Scratch { table, walk, .. } = scratch;
+        let mut walker = Walker::new(ranks, &self.weight, &self.home, table, walk);
+        walker.walk_for_nothing(fuel, |step, moves, level| trail.add(step, moves, level));
+    }
+
+    /// Walks to a level, given as a fraction above the floor, or until more than so many moves are
+    /// made.
+    #[inline(always)]
+    pub(crate) fn walk_to(
+        &mut self,
+        ranks: &Ranks,
+        aim: f64,
+        most: usize,
+        fuel: &mut Fuel,
+        scratch: &mut Scratch,
+    ) -> Walked {
+        let target = (self.floor * (1.0 + aim)) as i32;
+        let times = (0..ranks.len()).map(|rank| ranks.time(rank, self.start.load[rank]));
+        let above = times.filter(|&time| time > target).count();
+        if above == 0 {
+            return Walked::default();
+        }
+        scratch.table.copy_from(&self.start);
+        let forced = self.forced();
+        let mut trail = Trail::new(forced, &mut self.steps, &mut self.points);
+        let Scratch { table, walk, .. } = scratch;
+        let mut walker = Walker::new(ranks, &self.weight, &self.home, table, walk);
+        walker.walk_to(target, self.repeats, fuel, |step, moves, level| {
+            trail.add(step, moves, level);
+            trail.moves as usize <= forced.saturating_add(most)
+        });
+        let moves = (trail.moves as usize).saturating_sub(forced);
+        Walked { moves, above }
+    }
+
+    /// Keeps the points that no mixture of others beats.
+    pub(crate) fn keep_hull(&mut self) {
+        keep_hull(&mut self.points);
+    }
+
+    /// The points, by moves.
+    pub(crate) fn points(&self) -> &[Point] {
+        &self.points
+    }
+
+    /// Writes what each slot holds at a point. What stays on a rank keeps its slot.
+    pub(crate) fn write(
+        &self,
+        ranks: &Ranks,
+        topology: &Topology,
+        row: &[i64],
+        point: usize,
+        slots: &mut [Replica],
+        scratch: &mut Scratch,
+    ) {
+        let Scratch {
+            table,
+            unplaced,
+            numbers,
+            ..
+        } = scratch;
+        table.copy_from(&self.start);
+        let point = self.points.get(point).copied().unwrap_or_default();
+        for &step in &self.steps[point.first as usize..point.end as usize] {
+            step.take(table, &self.weight);
+        }
+        slots.fill(Replica::NONE);
+        for (rank, &gpu) in ranks.gpus.iter().enumerate() {
+            let of_rank = topology.slots_of(gpu as usize);
+            unplaced.clear();
+            let sites = ranks.slots(rank).map(|slot| Site::new(rank, slot));
+            let held = sites.filter_map(|site| table.expert_in(site));
+            unplaced.extend(held.map(|expert| expert as u32));
+            for slot in of_rank.clone() {
+                let stays = unplaced
+                    .iter()
+                    .position(|&expert| i64::from(expert) == row[slot]);
+                if let Some(place) = stays {
+                    slots[slot].expert = unplaced.remove(place);
+                }
+            }
+            let mut came = unplaced.iter();
+            for slot in of_rank {
+                if slots[slot] == Replica::NONE
+                    && let Some(&expert) = came.next()
+                {
+                    slots[slot].expert = expert;
+                }
+            }
+        }
+        renew(numbers, self.weight.len(), 0);
+        for slot in slots.iter_mut().filter(|slot| **slot != Replica::NONE) {
+            slot.number = numbers[slot.expert as usize];
+            numbers[slot.expert as usize] += 1;
+        }
+    }
+}
+
+/// Writes down where a walk leads.
+struct Trail<'a> {
+    moves: u32,
+    first: u32,
+    steps: &'a mut Vec<Step>,
+    points: &'a mut Vec<Point>,
+}
+
+impl<'a> Trail<'a> {
+    fn new(forced: usize, steps: &'a mut Vec<Step>, points: &'a mut Vec<Point>) -> Self {
+        Self {
+            moves: forced as u32,
+            first: steps.len() as u32,
+            steps,
+            points,
+        }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, step: Step, moves: i32, level: i32) {
+        self.moves = self.moves.saturating_add_signed(moves);
+        self.steps.push(step);
+        self.points.push(Point {
+            moves: self.moves,
+            level,
+            first: self.first,
+            end: self.steps.len() as u32,
+        });
+    }
+}
+
+/// Keeps the lower convex hull, by moves.
+fn keep_hull(points: &mut Vec<Point>) {
+    points.sort_unstable_by_key(|point| (point.moves, point.level, point.first, point.end));
+    let mut kept = 0;
+    for index in 0..points.len() {
+        let next = points[index];
+        if kept > 0 && next.level >= points[kept - 1].level {
+            continue;
+        }
+        while kept > 1 && above(&points[kept - 2], &points[kept - 1], &next) {
+            kept -= 1;
+        }
+        if kept > 0 && points[kept - 1].moves == next.moves {
+            kept -= 1;
+        }
+        points[kept] = next;
+        kept += 1;
+    }
+    points.truncate(kept);
+}
+
+/// Whether the second point is on or above the line from the first to the third.
+fn above(a: &Point, b: &Point, c: &Point) -> bool {
+    let (run, rise) = (
+        i64::from(c.moves) - i64::from(a.moves),
+        i64::from(c.level) - i64::from(a.level),
+    );
+    let (part, partial) = (
+        i64::from(b.moves) - i64::from(a.moves),
+        i64::from(b.level) - i64::from(a.level),
+    );
+    partial * run >= rise * part
+}
