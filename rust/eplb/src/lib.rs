@@ -29,12 +29,14 @@
 //! | [`transfer`] | who sends which expert to whom, in which round |
 //! | [`bound`] | how little the heaviest rank can carry, whatever the placement |
 //! | [`realtime`] | one layer planned in microseconds, from the load of this micro-batch |
+//! | [`forecast`] | what the next window's load will be |
 //! | [`split`] | how tokens are split over the replicas of a placement |
 //! | [`error`] | what is said when a request cannot be met |
 #![forbid(unsafe_code)]
 
 pub mod bound;
 pub mod error;
+pub mod forecast;
 pub mod load;
 pub mod placement;
 pub mod planner;
@@ -54,6 +56,7 @@ mod trivial;
 pub use balance::Budget;
 pub use bound::{lower_bound, tight_lower_bound};
 pub use error::{Code, Error, Refusal, Result};
+pub use forecast::{Estimator, Forecaster, total_variation};
 pub use load::Load;
 pub use migrate::Milestone;
 pub use placement::{Placement, PlacementMut, Replica};
