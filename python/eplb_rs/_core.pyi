@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "Forecaster",
     "Placement",
     "Planner",
     "Schedule",
@@ -20,6 +21,7 @@ __all__ = [
     "schedule_methods",
     "search_schedules",
     "tight_lower_bound",
+    "total_variation",
     "transfers",
 ]
 
@@ -251,6 +253,33 @@ class StepPlanner:
         by_source: npt.NDArray[np.int32] | npt.NDArray[np.int64] | None = None,
     ) -> tuple[int, int, int]: ...
 
+@final
+class Forecaster:
+    """Estimates the next window's load; see :class:`eplb_rs.forecast.Forecaster`."""
+
+    def __new__(
+        cls,
+        num_layers: int,
+        num_experts: int,
+        estimator: str,
+        windows: int,
+        shift_threshold: float | None,
+    ) -> Self: ...
+    def observe(self, window: npt.NDArray[np.float32]) -> bool: ...
+    def estimate_into(self, out: npt.NDArray[np.float32]) -> None: ...
+    def uncertainty_into(self, out: npt.NDArray[np.float32]) -> None: ...
+    @property
+    def num_windows(self) -> int: ...
+    @property
+    def windows_since_shift(self) -> int: ...
+    @property
+    def distance(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def chosen(self) -> list[tuple[str, int]]: ...
+
+def total_variation(
+    load: npt.NDArray[np.float32], other: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]: ...
 def lower_bound(load: npt.NDArray[np.float32], topology: Topology) -> npt.NDArray[np.float64]: ...
 def tight_lower_bound(
     load: npt.NDArray[np.float32], topology: Topology, upper: Sequence[float]

@@ -7,6 +7,7 @@
 mod arguments;
 mod buffers;
 mod errors;
+mod forecast;
 mod placement;
 mod planner;
 mod realtime;
@@ -19,6 +20,8 @@ mod topology;
 /// Planning core of `eplb_rs` and `dualpipe`. Use the packages; this module is theirs.
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
+    #[pymodule_export]
+    use crate::forecast::{Forecaster, total_variation};
     #[pymodule_export]
     use crate::placement::{Placement, lower_bound, tight_lower_bound, transfers};
     #[pymodule_export]
