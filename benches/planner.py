@@ -11,8 +11,7 @@ program's by a checksum. Times are of one call with all three outputs:
 - `busy`: `plan_into` while another thread computes in Python, with the interpreter kept and let
   go. `native` is the time inside the native call, `wait` that for the interpreter.
 
-Machines are shared, and a neighbour on the same core can double a time for seconds. So each figure
-is measured in rounds, and the quietest round, that of the least median, is kept whole.
+Each figure is that of the quietest of several rounds.
 
 Instructions of the Rust program are counted by valgrind's callgrind, where it is installed. It
 emulates AVX2; a machine with AVX-512 needs fewer.
@@ -20,10 +19,8 @@ emulates AVX2; a machine with AVX-512 needs fewer.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -35,24 +32,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import eplb_rs
+import measuring
 import numpy as np
 import numpy.typing as npt
-from eplb_rs.loads import read_loads
+from measuring import ROUNDS, deepseek_r1, quantiles, quietest, timed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterator
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))
-import reference  # noqa: E402  (the NumPy version lives with the tests)
+sys.path.append(str(measuring.ROOT / "tests"))
+import reference
 
-LOADS = ROOT / "examples" / "data" / "deepseek_r1_1k1k.json"
-ROUNDS = 5
 HOW = (
     "`rebalance_experts` through Python, one core, new arrays each call, "
     f"the quietest of {ROUNDS} rounds"
 )
-WARM_UP = 50
 
 
 @dataclass(frozen=True)
@@ -76,12 +70,12 @@ class Case:
         topology = eplb_rs.Topology.from_totals(
             num_replicas=self.replicas, num_nodes=self.nodes, num_gpus=self.gpus
         )
-        return eplb_rs.Planner(topology, self.groups, release_gil=release_gil)
+        return eplb_rs.Planner(topology, self.groups, "deepseek", release_gil=release_gil)
 
 
 def cases() -> Iterator[Case]:
     """The shapes of DeepSeek-R1, of a model with 128 experts, and of one with 384."""
-    r1 = read_loads(LOADS).loads.sum(axis=0).astype(np.float32)
+    r1 = deepseek_r1()
     rng = np.random.default_rng(0)
 
     def log_normal(layers: int, experts: int) -> npt.NDArray[np.float32]:
@@ -93,45 +87,6 @@ def cases() -> Iterator[Case]:
     yield Case("log-normal", log_normal(60, 384), 448, 64)
     yield Case("DeepSeek-R1", r1, 288, 144)
     yield Case("DeepSeek-R1", r1, 320, 64, groups=8, nodes=8)
-
-
-def quantiles(samples_us: list[float]) -> dict[str, float]:
-    """Median and tail, in microseconds."""
-    ordered = sorted(samples_us)
-
-    def at(share: float) -> float:
-        return round(ordered[round((len(ordered) - 1) * share)], 1)
-
-    return {
-        "calls": len(ordered),
-        "best_us": at(0),
-        "median_us": at(0.5),
-        "p99_us": at(0.99),
-        "p999_us": at(0.999),
-    }
-
-
-def quietest(rounds: Iterable[dict[str, Any]], figure: str | None = None) -> dict[str, Any]:
-    """The round of the least median, of all figures or of the one named."""
-    return min(rounds, key=lambda found: (found[figure] if figure else found)["median_us"])
-
-
-def timed(call: Callable[[], object], seconds: float) -> dict[str, float]:
-    """Quantiles of the time of a call, over so many seconds of calls."""
-    for _ in range(WARM_UP):
-        call()
-    return quietest(one_round(call, seconds / ROUNDS) for _ in range(ROUNDS))
-
-
-def one_round(call: Callable[[], object], seconds: float) -> dict[str, float]:
-    """Quantiles of the time of a call, in one round."""
-    samples = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - start) / 1e3)
-    return quantiles(samples)
 
 
 def busy(case: Case, seconds: float, *, release_gil: bool) -> dict[str, Any]:
@@ -171,18 +126,7 @@ class Rust:
 
     def __init__(self, program: str | None = None) -> None:
         """Takes a built one, or builds it."""
-        if program is not None:
-            self.program = program
-            return
-        command = ["cargo", "bench", "--locked", "--quiet", "--package", "eplb", "--bench"]
-        build = [*command, "planner", "--no-run", "--message-format", "json"]
-        output = subprocess.run(build, cwd=ROOT, check=True, capture_output=True, text=True)
-        messages = map(json.loads, output.stdout.splitlines())
-        self.program = next(
-            message["executable"]
-            for message in messages
-            if message.get("executable") and message["target"]["name"] == "planner"
-        )
+        self.program = program or measuring.build("planner")
 
     def command(self, case: Case, file: Path, length: str) -> list[str]:
         """How to run it on a case."""
@@ -280,52 +224,21 @@ def measure(case: Case, rust: Rust, file: Path, seconds: float) -> dict[str, Any
     }
 
 
-def machine() -> dict[str, str]:
-    """What the figures were measured on."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = ""
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        fields = {name.strip(): value.strip() for name, value in fields.items()}
-        model, flags = fields.get("model name", model), fields.get("flags", "")
-    vectors = "AVX-512" if "avx512vl" in flags else "AVX2" if "avx2" in flags else "baseline"
-    return {
-        "cpu": f"{model}, {os.cpu_count()} cores, {vectors}",
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": f"CPython {platform.python_version()}, NumPy {np.__version__}",
-    }
-
-
-def commit() -> str:
-    """The commit that is measured, marked if there are changes since."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
-    output = subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True)
-    return output.stdout.strip()
-
-
 def main() -> None:
     """Runs all cases, prints a line for each and writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=3.0, help="of calls per figure")
-    default = ROOT / "benches" / "results" / "planner.json"
-    parser.add_argument("--output", type=Path, default=default)
+    parser = measuring.parser(__doc__, "planner.json", seconds=3.0)
     parser.add_argument(
         "--rust", metavar="PROGRAM", help="built elsewhere, where there is no cargo"
     )
-    parser.add_argument("--commit", help="of the wheel, where there is no checkout")
     options = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    measuring.pin()
 
     rust = Rust(options.rust)
-    revision = options.commit or commit()
-    results: dict[str, Any] = {"machine": machine(), "commit": revision, "cases": []}
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for case in cases():
             result = measure(case, rust, Path(folder) / "loads.f32", options.seconds)
-            results["cases"].append(result)
+            results.append(result)
             shape = f"{result['layers']}x{result['experts']} -> {case.replicas} on {case.gpus}"
             print(
                 f"{shape:26} groups {case.groups}, nodes {case.nodes}: "
@@ -333,9 +246,7 @@ def main() -> None:
                 f"NumPy {result['numpy_reference_us'] / 1e3:.0f} ms",
                 flush=True,
             )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written: {options.output}")
+    measuring.write(options.output, {"cases": results}, options.commit)
 
 
 if __name__ == "__main__":

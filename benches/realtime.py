@@ -12,26 +12,20 @@ with quotas by source rank. Every plan is added up again. UltraEP's answers were
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import measuring
 import numpy as np
 import numpy.typing as npt
 from eplb_rs.realtime import Step, StepLimits, StepPlanner
+from measuring import quantiles, samples
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benches"))
-from planner import commit, machine  # noqa: E402  (programs beside this one)
-from shares import build, quantiles, timed  # noqa: E402
-
-GOLDEN = ROOT / "tests" / "data" / "realtime_golden.npz"
+GOLDEN = measuring.ROOT / "tests" / "data" / "realtime_golden.npz"
 TARGETS = (1.0, 1.002, 1.005, 1.01, 1.02, 1.03, 1.05, 1.1, 1.2)
 NAMES = {"dsr1": "DeepSeek-R1", "lognormal1": "log-normal"}
 
@@ -102,27 +96,24 @@ def rust_times(program: str, case: Case, file: Path, calls: int, level: int) -> 
     result = json.loads(output.stdout)
     if result["level"] != level:
         raise SystemExit(f"{case.kind}: the Rust program found another plan")
-    samples: list[float] = result["us"]
-    return samples
+    times: list[float] = result["us"]
+    return times
 
 
 def python_times(case: Case, calls: int) -> list[float]:
     """The times of calls of `plan_into`."""
     planner = StepPlanner(*case.shape)
     buffers = planner.allocate()
-    return timed(lambda: planner.plan_into(case.load, buffers), calls)
+    return samples(lambda: planner.plan_into(case.load, buffers), calls=calls)
 
 
 def main() -> None:
     """Runs all cases, prints a line for each kind and writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = measuring.parser(__doc__, "realtime.json")
     parser.add_argument("--calls", type=int, default=400, help="per layer")
-    default = ROOT / "benches" / "results" / "realtime.json"
-    parser.add_argument("--output", type=Path, default=default)
     options = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    program = build("step")
+    measuring.pin()
+    program = measuring.build("step")
 
     rows: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
@@ -199,10 +190,7 @@ def main() -> None:
         f"Python median {totals['python']['median_us']} us, p99 {totals['python']['p99_us']} us; "
         f"{fewer:.1%} fewer copies at UltraEP's balance"
     )
-    results = {"machine": machine(), "commit": commit(), "all": totals, "kinds": kinds}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written: {options.output}")
+    measuring.write(options.output, {"all": totals, "kinds": kinds}, options.commit)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,8 @@ def cost() -> Iterator[str]:
         )
     version = next(case["torch_version"] for case in kept["rows"] if "torch_version" in case)
     yield ""
-    yield f"{kept['machine']}, Python {kept['python']}, PyTorch {version.partition('+')[0]}."
+    machine = kept["machine"]
+    yield f"{machine['cpu']}; {machine['python']}, PyTorch {version.partition('+')[0]}."
 
 
 TABLES: dict[str, Callable[[], Iterator[str]]] = {

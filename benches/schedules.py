@@ -1,6 +1,6 @@
 """Times schedules beside PyTorch: generate and lower, verify, simulate.
 
-    python benches/schedules.py [--repeats 30] [--no-torch] [--output FILE]
+    python benches/schedules.py [--repeats 30] [--no-torch] [--output benches/results/schedules.json]
 
 One core, one process. PyTorch generates and lowers the same schedule once (it takes seconds); its
 compute order is compared with ours, word for word. Medians and the 95th percentile of the
@@ -14,37 +14,29 @@ repetitions; the JSON says on which machine and commit.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import measuring
 from dualpipe import Schedule
 from eplb_rs import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ROOT = Path(__file__).parents[1]
 CASES = [("dualpipe", 8, 20), ("dualpipev", 8, 32), ("zbv", 16, 128), ("dualpipev", 64, 512)]
 TORCH_CLASSES = {"dualpipev": "ScheduleDualPipeV", "zbv": "ScheduleZBVZeroBubble"}
 
 
 def main() -> None:
     """Runs all cases."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = measuring.parser(__doc__, "schedules.json")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch out")
-    parser.add_argument("--output", type=Path, help="write the figures as JSON")
     options = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    measuring.pin()
     rows = []
     for method, ranks, micro_batches in CASES:
         row = ours(method, ranks, micro_batches, options.repeats)
@@ -52,9 +44,7 @@ def main() -> None:
             row |= torchs(method, ranks, micro_batches)
         rows.append(row)
         print_row(row)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps({**machine(), "rows": rows}, indent=2) + "\n")
+    measuring.write(options.output, {"rows": rows}, options.commit)
 
 
 def ours(method: str, ranks: int, micro_batches: int, repeats: int) -> dict[str, Any]:
@@ -77,18 +67,10 @@ def ours(method: str, ranks: int, micro_batches: int, repeats: int) -> dict[str,
         "instructions": len(schedule),
     }
     for name, call in calls.items():
-        call()
-        times = sorted(timed(call) for _ in range(repeats))
+        times = sorted(us / 1e3 for us in measuring.samples(call, calls=repeats, warm_up=1))
         row[f"{name}_ms"] = statistics.median(times)
         row[f"{name}_p95_ms"] = times[min(int(0.95 * repeats), repeats - 1)]
     return row
-
-
-def timed(call: Callable[[], object]) -> float:
-    """Milliseconds, the result's release included."""
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
 
 
 class Stage:
@@ -145,18 +127,6 @@ def print_row(row: dict[str, Any]) -> None:
         f"{row['instructions']} instructions; ms: {figures}{torch}",
         flush=True,
     )
-
-
-def machine() -> dict[str, Any]:
-    """Where and on what this ran."""
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    cpu = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].partition(": ")[2] if models else cpu
-    return {"machine": cpu, "python": platform.python_version(), "commit": commit}
 
 
 if __name__ == "__main__":

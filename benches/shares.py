@@ -14,76 +14,23 @@ holds experts of that mean alone.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import eplb_rs
+import measuring
 import numpy as np
 import numpy.typing as npt
-from eplb_rs.loads import read_loads
 from eplb_rs.shares import Splitter
+from measuring import deepseek_r1, quantiles, samples
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benches"))
-from planner import LOADS, commit, machine  # noqa: E402  (a program beside this one)
+    from collections.abc import Iterator
 
 SHAPES = ((288, 32), (320, 64), (512, 64))
-
-
-def build(name: str) -> str:
-    """A Rust bench program."""
-    command = ["cargo", "bench", "--locked", "--quiet", "--package", "eplb", "--bench"]
-    output = subprocess.run(
-        [*command, name, "--no-run", "--message-format", "json"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    messages = map(json.loads, output.stdout.splitlines())
-    return next(
-        message["executable"]
-        for message in messages
-        if message.get("executable") and message["target"]["name"] == name
-    )
-
-
-def quantiles(samples_us: list[float]) -> dict[str, float]:
-    """Best, median and tail, in microseconds."""
-    ordered = sorted(samples_us)
-
-    def at(share: float) -> float:
-        return round(ordered[round((len(ordered) - 1) * share)], 2)
-
-    return {
-        "calls": len(ordered),
-        "best_us": at(0),
-        "median_us": at(0.5),
-        "p99_us": at(0.99),
-        "p999_us": at(0.999),
-    }
-
-
-def timed(call: Callable[[], object], calls: int) -> list[float]:
-    """The times of calls, in microseconds."""
-    for _ in range(20):
-        call()
-    samples = []
-    for _ in range(calls):
-        start = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - start) / 1e3)
-    return samples
 
 
 def check(plan: eplb_rs.Plan, load: npt.NDArray[np.float32]) -> None:
@@ -108,9 +55,7 @@ def cases() -> Iterator[tuple[str, npt.NDArray[np.float32], npt.NDArray[np.float
     """A name, the load to plan for and the load to split."""
     rng = np.random.default_rng(0)
     made = np.round(rng.lognormal(0, 1, (58, 256)) * 1000).astype(np.float32)
-    r1 = read_loads(LOADS).loads.sum(axis=0).astype(np.float32)
-    r1 = r1[r1.any(axis=1)]
-    for name, load in (("log-normal", made), ("DeepSeek-R1", r1)):
+    for name, load in (("log-normal", made), ("DeepSeek-R1", deepseek_r1())):
         noise = np.exp(0.1 * rng.standard_normal(load.shape))
         yield name, load, (load * noise).astype(np.float32)
 
@@ -126,11 +71,15 @@ def measure(
     check(plan, load)
     splitter = Splitter(plan)
     by_slot, level = np.empty(plan.phy2log.shape), np.empty(len(load))
-    prepared = timed(lambda: splitter.split_into(load, by_slot, level), calls)
+    prepared = samples(lambda: splitter.split_into(load, by_slot, level), calls=calls)
     row = np.empty(by_slot.shape[1])
     steps: list[float] = []
     for layer, one in enumerate(load):
-        steps += timed(lambda: splitter.split_step(one, layer=layer, out=row), calls)  # noqa: B023
+
+        def step(one: npt.NDArray[np.float32] = one, layer: int = layer) -> object:
+            return splitter.split_step(one, layer=layer, out=row)
+
+        steps += samples(step, calls=calls)
 
     load.astype("<f4").tofile(folder / "loads")
     plan.phy2log.astype("<i8").tofile(folder / "slots")
@@ -156,25 +105,22 @@ def measure(
 
 def main() -> None:
     """Runs all cases, prints a line for each and writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = measuring.parser(__doc__, "shares.json")
     parser.add_argument("--calls", type=int, default=400, help="per figure")
-    default = ROOT / "benches" / "results" / "shares.json"
-    parser.add_argument("--output", type=Path, default=default)
     options = parser.parse_args()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    program = build("step")
-    results: dict[str, Any] = {"machine": machine(), "commit": commit(), "cases": []}
+    measuring.pin()
+    program = measuring.build("step")
+    results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for name, planned, load in cases():
             for slots, ranks in SHAPES:
                 topology = eplb_rs.Topology.from_totals(
                     num_replicas=slots, num_nodes=1, num_gpus=ranks
                 )
-                plan = eplb_rs.Planner(topology).plan(planned)
+                plan = eplb_rs.Planner(topology, policy="deepseek").plan(planned)
                 figures = measure(program, Path(folder), plan, load, options.calls)
                 case = {"name": name, "layers": len(load), "slots": slots, "ranks": ranks}
-                results["cases"].append(case | figures)
+                results.append(case | figures)
                 rust, python = figures["rust"], figures["python"]
                 print(
                     f"{name:11} {len(load)} x {slots}/{ranks}: balance "
@@ -185,9 +131,7 @@ def main() -> None:
                     f"step in Python {python['step']['median_us']:.1f}",
                     flush=True,
                 )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"written: {options.output}")
+    measuring.write(options.output, {"cases": results}, options.commit)
 
 
 if __name__ == "__main__":
