@@ -55,9 +55,9 @@ class Links(NamedTuple):
 
     expert_bytes: float
     """The bytes of one expert of one layer."""
-    intra_node_gb_s: float
-    """What a rank sends to another of its node, in 1e9 bytes a second."""
-    inter_node_gb_s: float
+    intra_node_gb_s: float | None = None
+    """What a rank sends to another of its node, in 1e9 bytes a second; ``None`` if not known."""
+    inter_node_gb_s: float | None = None
     """What it sends to one of another node."""
 
 
@@ -73,7 +73,7 @@ class PlanSteps:
             layers. 0 for the first.
         plan_us: `[S]` float64, planning in native code, in microseconds.
         transfer_s: `[S]` float64, how long its moves take, in seconds; ``None`` where the links
-            are not known.
+            or their speeds are not known.
     """
 
     windows: npt.NDArray[np.int64]
@@ -223,12 +223,15 @@ def simulate(
         max_moves: The most moves of a ``"balanced"`` plan after the first, over all layers.
         iterations: As for :class:`eplb_rs.Planner`.
         threads: As for :class:`eplb_rs.Planner`.
-        links: What moving weights costs; without it moves are counted only.
+        links: What moving weights costs; without it moves are counted only, without speeds bytes
+            too.
         progress: Called with the windows done and all there are, after each.
 
     Raises:
         InvalidInputError: ``too_small`` for a trace of fewer than two windows; ``unknown`` or
-            ``empty`` for policies and shares; ``wrong_type``, ``wrong_shape`` and what
+            ``empty`` for policies and shares; ``out_of_range`` or ``inconsistent`` for the links;
+            ``inconsistent`` for shares other than uniform where ranks differ in speed;
+            ``wrong_type``, ``wrong_shape`` and what
             :meth:`eplb_rs.Planner.plan` says of a load, for the trace; for the others as
             :class:`eplb_rs.Planner` and :class:`eplb_rs.forecast.Forecaster`.
 
@@ -240,6 +243,7 @@ def simulate(
     splits = _names(shares, "shares", get_args(SplitName))
     interval = as_count(interval, "interval")
     _check_even(topology, splits)
+    _check_links(links)
     forecaster = Forecaster(
         num_layers=windows.shape[0],
         num_experts=windows.shape[1],
@@ -365,7 +369,7 @@ class _Track:
         self.policy = policy
         self.planner = planner
         self._max_moves = max_moves
-        self._links = links
+        self._links = None if links is None or links.inter_node_gb_s is None else links._asdict()
         self._plan: Plan | None = None
         self._fixed: Any = None
         self._scores = {name: _Score() for name in shares}
@@ -415,7 +419,7 @@ class _Track:
             transfers = plan.transfers(before)
             moves = int((transfers.source != transfers.target).sum())
             if self._links is not None:
-                seconds = transfers.predicted_s(**self._links._asdict())
+                seconds = transfers.predicted_s(**self._links)
         self._steps.append((window, moves, plan_us, seconds))
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -507,4 +511,24 @@ def _check_even(topology: object, shares: list[str]) -> None:
             argument="shares",
             got=", ".join(shares),
             expected="uniform alone, where ranks differ in speed",
+        )
+
+
+def _check_links(links: Links | None) -> None:
+    if links is None:
+        return
+    for name, value in links._asdict().items():
+        if value is None and name != "expert_bytes":
+            continue
+        if not isinstance(value, int | float | np.number) or not 0 < value < float("inf"):
+            raise InvalidInputError(
+                code="out_of_range", argument=name, got=repr(value), expected="finite and above 0"
+            )
+    if (links.intra_node_gb_s is None) != (links.inter_node_gb_s is None):
+        missing = "intra" if links.intra_node_gb_s is None else "inter"
+        raise InvalidInputError(
+            code="inconsistent",
+            argument=f"{missing}_node_gb_s",
+            got="None",
+            expected="given where the other speed is",
         )

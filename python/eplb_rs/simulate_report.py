@@ -303,13 +303,13 @@ class SimulationReport:
         )
         if simulation.links is not None:
             links = simulation.links
-            facts.append(
-                (
-                    "links",
-                    f"{_bytes(links.expert_bytes)} an expert; {links.intra_node_gb_s:g} GB/s in a "
-                    f"node, {links.inter_node_gb_s:g} GB/s between nodes",
+            text = f"{_bytes(links.expert_bytes)} an expert"
+            if links.inter_node_gb_s is not None:
+                text += (
+                    f"; {links.intra_node_gb_s:g} GB/s in a node, "
+                    f"{links.inter_node_gb_s:g} GB/s between nodes"
                 )
-            )
+            facts.append(("moves", text))
         if self.assumed:
             pairs = (f"{name} {value}" for name, value in self.assumed.items())
             facts.append(("assumed", ", ".join(pairs)))
@@ -318,9 +318,13 @@ class SimulationReport:
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The outcomes as a table: the names of its columns, and its rows as text."""
         figures = [self._outcome_figures(one) for one in self.simulation.outcomes]
+        links = self.simulation.links
+        sent = links is not None and links.inter_node_gb_s is not None
         names = ["policy", "shares", "balance", "worst", "after shift", "time", "moves", "of slots"]
-        if self.simulation.links is not None:
-            names += ["bytes", "sent in"]
+        if links is not None:
+            names.append("bytes")
+        if sent:
+            names.append("sent in")
         names += ["planned in", "at most"]
         if any(row["split_us"] is not None for row in figures):
             names += ["split in"]
@@ -337,9 +341,10 @@ class SimulationReport:
                 f"{100 * row['relative_time']:.0f} %",
                 *_if(planned, f"{row['moves_per_plan']:.0f}", f"{100 * row['moves_share']:.1f} %"),
             ]
-            if self.simulation.links is not None:
-                seconds = duration(1e6 * (row["transfer_s_per_plan"] or 0.0))
-                cells += _if(planned, _bytes(row["bytes_per_plan"]), seconds)
+            if links is not None:
+                cells += _if(planned, _bytes(row["bytes_per_plan"]))
+            if sent:
+                cells += _if(planned, duration(1e6 * row["transfer_s_per_plan"]))
             spread = planned or {"median": 0.0, "max": 0.0}
             cells += _if(planned, duration(spread["median"]), duration(spread["max"]))
             if "split in" in names:
