@@ -67,6 +67,7 @@ _OPTIONS = {
     "shares": "--shares",
     "threads": "--threads",
     "trace": "TRACE",
+    "window_s": "--window-s",
     "windows": "--windows",
 }
 """What the command line calls the arguments of the package; `path` is what is read."""

@@ -139,6 +139,13 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         metavar="X",
         help="what it sends to another of its node (as --gb-s)",
     )
+    cost.add_argument(
+        "--window-s",
+        type=float,
+        metavar="S",
+        help="how long the expert layers now take for a window, in seconds: choices are then "
+        "compared by time, moves included",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--json",
@@ -162,6 +169,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         from eplb_rs import draw
 
         draw.check_matplotlib("html", arguments.html)
+    links = _links(arguments)
     trace = read_loads(arguments.trace, windows=arguments.windows, key=arguments.key)
     topology, assumed = topology_of(arguments, trace.loads.shape[2])
     shown = arguments.progress or sys.stderr.isatty()
@@ -179,10 +187,12 @@ def _simulate(arguments: argparse.Namespace) -> int:
             max_moves=_most_moves(arguments.max_moves, trace.loads.shape[1], topology),
             iterations=arguments.iterations,
             threads=arguments.threads,
-            links=_links(arguments),
+            links=links,
             progress=progress,
         )
-    report = SimulationReport(simulation=simulation, trace=trace, assumed=assumed)
+    report = SimulationReport(
+        simulation=simulation, trace=trace, assumed=assumed, window_s=arguments.window_s
+    )
     if arguments.html is not None:
         from eplb_rs.simulate_page import page
 
@@ -199,7 +209,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
 def _links(arguments: argparse.Namespace) -> Links | None:
     if arguments.expert_bytes is None:
-        for option in ("gb_s", "node_gb_s"):
+        for option in ("gb_s", "node_gb_s", "window_s"):
             if getattr(arguments, option) is not None:
                 raise InvalidInputError(
                     code="inconsistent",
@@ -208,6 +218,13 @@ def _links(arguments: argparse.Namespace) -> Links | None:
                     expected=f"given where --{option.replace('_', '-')} is",
                 )
         return None
+    if arguments.window_s is not None and arguments.gb_s is None:
+        raise InvalidInputError(
+            code="inconsistent",
+            argument="inter_node_gb_s",
+            got="None",
+            expected="given where --window-s is",
+        )
     node = arguments.gb_s if arguments.node_gb_s is None else arguments.node_gb_s
     return Links(arguments.expert_bytes, node, arguments.gb_s)
 

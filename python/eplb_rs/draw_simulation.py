@@ -100,7 +100,7 @@ def balance_figure(
     axis.set_xlim(0.5, len(windows) + 0.5)
     axis.set_xlabel("window", color=palette.quiet, fontsize=9)
     axis.set_ylabel("balance", color=palette.quiet, fontsize=9)
-    _legend(axis, axis.get_legend_handles_labels()[0], palette, narrow)
+    _legend(axis, axis.get_legend_handles_labels()[0], palette, narrow, per_row=2)
     return fig
 
 
@@ -108,6 +108,8 @@ def cost_figure(
     report: SimulationReport, palette: Palette = LIGHT, *, narrow: bool = False
 ) -> Figure:
     """What each plan cost: the slots it changed, and how long planning took."""
+    from matplotlib.ticker import NullLocator
+
     fig, above = _axis(palette, narrow, 4.6, rows=2)
     below = fig.axes[1]
     entries = []
@@ -124,6 +126,8 @@ def cost_figure(
         axis.set_xlim(0.5, len(report.simulation.distance) + 0.5)
     above.set_ylim(bottom=0)
     below.set_yscale("log")
+    below.yaxis.set_major_formatter("{x:g}")
+    below.yaxis.set_minor_locator(NullLocator())
     above.tick_params(labelbottom=False)
     below.set_xlabel("first window of the plan", color=palette.quiet, fontsize=9)
     above.set_ylabel("slots changed, %", color=palette.quiet, fontsize=9)
@@ -144,7 +148,7 @@ def _axis(palette: Palette, narrow: bool, height: float, rows: int = 1) -> tuple
         gridspec_kw={
             "left": 0.62 / width,
             "right": 1 - 0.12 / width,
-            "top": 1 - (0.85 if narrow else 0.6) / height,
+            "top": 1 - (0.95 if narrow else 0.55) / height,
             "bottom": 0.5 / height,
             "hspace": 0.12,
         },
@@ -160,7 +164,7 @@ def _axis(palette: Palette, narrow: bool, height: float, rows: int = 1) -> tuple
 def _shifts(axis: Axes, report: SimulationReport, palette: Palette, *, named: bool = True) -> None:
     """Lines where the domain shifted, with what the trace calls the new one."""
     simulation = report.simulation
-    shifts = np.flatnonzero(simulation.shifted)
+    shifts = np.flatnonzero(simulation.shifted).tolist()
     for number in shifts:
         axis.axvline(number + 1, color=palette.quiet, linewidth=0.8, linestyle=(0, (2, 3)))
         if not named or simulation.labels is None or len(shifts) > 12:
@@ -193,19 +197,22 @@ def _entry(name: str, colour: str, marker: str) -> Any:
     return Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=6, label=name)
 
 
-def _legend(axis: Axes, entries: list[Any], palette: Palette, narrow: bool) -> None:
-    """A legend above the picture, as wide as there is room for."""
-    per_row = 3 if narrow else 8
+def _legend(
+    axis: Axes, entries: list[Any], palette: Palette, narrow: bool, per_row: int = 3
+) -> None:
+    """A legend above the picture and the names of shifts, as wide as there is room for."""
+    height = axis.get_window_extent().height / axis.figure.dpi
     legend = axis.legend(
         handles=entries,
         loc="lower left",
-        bbox_to_anchor=(-0.02, 1.04),
-        ncols=min(per_row, len(entries)),
+        bbox_to_anchor=(0, 1 + 0.17 / height),
+        ncols=min(per_row if narrow else 8, len(entries)),
         frameon=False,
         fontsize=8.5,
         handletextpad=0.3,
         columnspacing=1.0,
-        borderpad=0.1,
+        borderpad=0.0,
+        borderaxespad=0.0,
     )
     for text in legend.get_texts():
         text.set_color(palette.text)

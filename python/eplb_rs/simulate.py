@@ -117,7 +117,8 @@ class Outcome:
     @property
     def balance(self) -> _Floats:
         """`[W]` float64, the balance of each window; 1 for one without load."""
-        return _ratio(self.mean, self.largest)
+        balance: _Floats = _ratio(self.mean, self.largest)
+        return balance
 
     @property
     def mean_balance(self) -> float:

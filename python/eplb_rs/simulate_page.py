@@ -41,6 +41,10 @@ def page(report: SimulationReport) -> str:
         f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
         for name, value in report.facts()
     )
+    highlights = "".join(
+        f"<div><dt>{html.escape(what)}</dt><dd>{html.escape(number)}</dd></div>"
+        for number, what in report.highlights()
+    )
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in verdict.reasons)
     names, rows = report.table()
     pictures = {
@@ -54,8 +58,10 @@ def page(report: SimulationReport) -> str:
         pictures["cost"] = f"<h2>What each plan cost</h2>{picture}"
     return _PAGE.format(
         headline=html.escape(verdict.headline),
+        highlights=highlights,
         reasons=reasons,
         facts=facts,
+        baseline=f"{verdict.baseline.policy}, {verdict.baseline.shares}",
         table=_marked(table(names, rows), simulation.outcomes.index(verdict.outcome)),
         shares="; ".join(
             f"<b>{name}</b>: {html.escape(SHARES_TEXT[name])}"
@@ -156,13 +162,17 @@ _PAGE = """\
   :root {{ --back: #14181f; --text: #e6e9ee; --quiet: #98a2b3; --line: #333b48;
     --accent: #6db3f2; --tint: #1a2634; }} }}
 * {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; padding: 1.5rem 1.25rem 3rem; max-width: 66rem; background: var(--back);
+body {{ margin: 0 auto; padding: 1.5rem 1.25rem 3rem; max-width: 72rem; background: var(--back);
   color: var(--text); font: 15px/1.5 system-ui, sans-serif; }}
 header {{ background: var(--tint); border-left: .3rem solid var(--accent); border-radius: .3rem;
   padding: 1rem 1.25rem; }}
 header p {{ margin: 0 0 .25rem; color: var(--quiet); font-size: .85rem; }}
 h1 {{ font-size: 1.35rem; line-height: 1.3; margin: 0 0 .5rem; }}
 h2 {{ font-size: 1.05rem; margin: 2rem 0 .5rem; }}
+.key {{ display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; margin: .75rem 0 1rem; }}
+.key div {{ display: flex; flex-direction: column-reverse; }}
+.key dd {{ font-size: 1.6rem; font-weight: 600; line-height: 1.2; color: var(--accent); }}
+.key dt {{ font-size: .85rem; }}
 header ul {{ margin: 0; padding-left: 1.1rem; }}
 dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: 0; }}
 dt {{ color: var(--quiet); }}
@@ -180,6 +190,12 @@ th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
 .pick {{ color: var(--accent); font-size: .75rem; font-weight: 500; }}
 .note {{ color: var(--quiet); font-size: .85rem; margin: .5rem 0 0; }}
 details {{ margin-top: 1rem; border-top: 1px solid var(--line); padding-top: .75rem; }}
+@media (max-width: 40rem) {{
+  body {{ padding: 1rem .9rem 2rem; }}
+  .key {{ display: grid; grid-template-columns: 1fr 1fr; }}
+  .pick {{ display: block; }}
+  th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--back); }}
+  .chosen td:first-child {{ background: var(--tint); }} }}
 summary {{ cursor: pointer; font-weight: 600; }}
 </style>
 </head>
@@ -187,6 +203,7 @@ summary {{ cursor: pointer; font-weight: 600; }}
 <header>
 <p>Each window of a recorded trace, met by a plan made before it came</p>
 <h1>{headline}</h1>
+<dl class="key">{highlights}</dl>
 <ul>{reasons}</ul>
 </header>
 <main>
@@ -194,8 +211,8 @@ summary {{ cursor: pointer; font-weight: 600; }}
 <div class="scroll outcomes" role="region" aria-label="The choices" tabindex="0">{table}</div>
 <p class="note">Balance: mean over largest rank load, each summed over layers; 1 is perfect. Worst: of
 one window. After shift: in windows of a new domain, before the next plan. Time: of the expert layers,
-against the first choice they are compared with. Moves: experts that change rank in a plan after the
-first. How tokens are split over an expert's replicas: {shares}.</p>
+if {baseline} takes 100 %. Moves: experts that change rank in a plan after the first. How tokens are
+split over an expert's replicas: {shares}.</p>
 <h2>What balance costs</h2>
 {choice}
 <h2>Over time</h2>

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from eplb_rs.errors import InvalidInputError
 from eplb_rs.report import Style, duration, id_ranges, printable, quantity
 
 if TYPE_CHECKING:
@@ -59,41 +60,80 @@ class SimulationReport:
         simulation: The trace replayed.
         trace: The file it was read from, if it is known.
         assumed: What was not given and so assumed, by name.
+        window_s: How long the expert layers take for a window now, in seconds, if it is known: the
+            choices are then compared by time, that of their moves included.
     """
 
     simulation: Simulation
     trace: LoadTrace | None = None
     assumed: dict[str, int] | None = None
+    window_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a time that cannot be.
+
+        Raises:
+            InvalidInputError: ``out_of_range``; ``inconsistent`` if it is not known how long moves
+                take.
+        """
+        if self.window_s is None:
+            return
+        if not 0 < self.window_s < float("inf"):
+            raise InvalidInputError(
+                code="out_of_range",
+                argument="window_s",
+                got=repr(self.window_s),
+                expected="finite and above 0",
+            )
+        if self.simulation.links is None or self.simulation.links.inter_node_gb_s is None:
+            raise InvalidInputError(
+                code="inconsistent",
+                argument="window_s",
+                got=repr(self.window_s),
+                expected="None where it is not known how long moves take",
+                hint="links, with the speeds, say so",
+            )
 
     @cached_property
     def verdict(self) -> Verdict:
         """Which outcome to choose.
 
         Of those whose mean balance is within 0.005 of the best, the one with fewest moves a plan,
-        then the simplest way of splitting, then the first. The oracle, which no one can follow, is
-        left out.
+        then the simplest way of splitting, then the first. Where it is known how long a window
+        takes, the best is the one that takes least time, moves included, and as good are those
+        within half a per cent of it. The oracle, which no one can follow, is left out.
         """
         simulation = self.simulation
         able = [one for one in simulation.outcomes if one.policy != "oracle"]
         able = able or list(simulation.outcomes)
         baseline = next((one for one in able if one.policy == "trivial"), able[0])
-        best = max(one.mean_balance for one in able)
-        chosen = min(
-            (one for one in able if one.mean_balance >= best - _AS_GOOD),
-            key=lambda one: (one.steps.moves_per_step, _SIMPLER.index(one.shares)),
-        )
+        if self.window_s is None:
+            best = max(one.mean_balance for one in able)
+            good = [one for one in able if one.mean_balance >= best - _AS_GOOD]
+        else:
+            seconds = [self._seconds(one, baseline) or 0.0 for one in able]
+            most = min(seconds) * (1 + _AS_GOOD)
+            good = [one for one, taken in zip(able, seconds, strict=True) if taken <= most]
+        chosen = min(good, key=lambda one: (one.steps.moves_per_step, _SIMPLER.index(one.shares)))
         return Verdict(chosen, baseline, self._headline(chosen), self._reasons(chosen, baseline))
 
+    def _seconds(self, outcome: Outcome, baseline: Outcome) -> float | None:
+        """How long a window takes, its part of a plan's moves included."""
+        moves_s = _mean_after_first(outcome.steps.transfer_s)
+        if self.window_s is None or outcome.policy == "oracle" or moves_s is None:
+            return None
+        computed = self.window_s * baseline.mean_balance / outcome.mean_balance
+        return computed + moves_s / self.simulation.interval
+
     def _headline(self, chosen: Outcome) -> str:
-        every = _every(self.simulation.interval)
         split = {
             "uniform": "",
-            "past": ", and split tokens as suits the estimate",
+            "past": ", and split tokens over replicas as suits the estimate",
             "arriving": ", and split tokens over replicas as they arrive",
         }[chosen.shares]
         if chosen.policy == "trivial":
             return f"Leave the experts where they are{split}."
-        return f"Plan with {chosen.policy} {every}{split}."
+        return f"Use {chosen.policy}: plan anew {_every(self.simulation.interval)}{split}."
 
     def _reasons(self, chosen: Outcome, baseline: Outcome) -> tuple[str, ...]:
         simulation = self.simulation
@@ -102,13 +142,17 @@ class SimulationReport:
             saved = 1.0 - baseline.mean_balance / chosen.mean_balance
             reasons.append(
                 f"Balance in the next window: {_balance(chosen.mean_balance)}, against "
-                f"{_balance(baseline.mean_balance)} with {_name(baseline)}. The expert layers take "
+                f"{_balance(baseline.mean_balance)} {_of(baseline)}. The expert layers take "
                 f"{100 * saved:.0f} % less time."
             )
         else:
             reasons.append(
                 f"Balance in the next window: {_balance(chosen.mean_balance)}. Nothing that was "
-                "tried does better by more than 0.005."
+                + (
+                    "tried does better by more than 0.005."
+                    if self.window_s is None
+                    else "tried takes less time, moves included."
+                )
             )
         if chosen.steps.moves_per_step > 0:
             moved = f"Each plan moves {self._moved(chosen)}"
@@ -121,13 +165,25 @@ class SimulationReport:
                     f"now take more than {duration(1e6 * pays)} a window"
                 )
             reasons.append(f"{moved}.")
+        taken = self._seconds(chosen, baseline)
+        if taken is not None and self.window_s is not None and chosen is not baseline:
+            reasons.append(
+                f"A window takes {duration(1e6 * taken)}, moves included, where it now takes "
+                f"{duration(1e6 * self.window_s)}."
+            )
+        cheaper = self._cheaper(chosen, baseline)
+        if cheaper is not None:
+            reasons.append(
+                f"Cheaper: {_name(cheaper)} reaches {_balance(cheaper.mean_balance)} and changes "
+                f"{100 * cheaper.steps.moves_per_step / self.num_slots:.1f} % of all slots."
+            )
         plain = self._best_with(chosen.policy, "uniform")
         if chosen.shares != "uniform" and plain is not None:
             reasons.append(
                 f"With an engine that can only split evenly: {_balance(plain.mean_balance)}."
             )
         after = chosen.balance_of(simulation.stale)
-        if after is not None:
+        if after is not None and len(chosen.steps):
             num = int(simulation.shifted.sum())
             reasons.append(
                 f"The domain shifted {num} time{'s' * (num > 1)}; until the next plan the balance "
@@ -139,6 +195,20 @@ class SimulationReport:
                 f"Had each window been known before it came: {_balance(oracle.mean_balance)}."
             )
         return tuple(reasons)
+
+    def _cheaper(self, chosen: Outcome, baseline: Outcome) -> Outcome | None:
+        """The best of those that reach half the gain with at most half the moves, if there are
+        moves to save."""
+        enough = (chosen.mean_balance + baseline.mean_balance) / 2
+        most = chosen.steps.moves_per_step / 2
+        found = [
+            one
+            for one in self.simulation.outcomes
+            if one.policy != "oracle"
+            and one.steps.moves_per_step <= most
+            and enough <= one.mean_balance < chosen.mean_balance
+        ]
+        return max(found, key=lambda one: one.mean_balance, default=None) if most else None
 
     def _best_with(self, policy: str, shares: str) -> Outcome | None:
         outcomes = self.simulation.outcomes
@@ -170,7 +240,8 @@ class SimulationReport:
             ``topology``: ``num_nodes``, ``gpus_per_node``, ``slots_per_gpu``.
             ``num_layers``, ``num_experts``, ``num_groups``, ``num_windows``, ``merge``,
             ``interval``, ``estimator``, ``max_moves``: the settings. ``links``: ``expert_bytes``,
-            ``intra_node_gb_s``, ``inter_node_gb_s``; or null. ``assumed``: what was not given.
+            ``intra_node_gb_s``, ``inter_node_gb_s``; or null. ``window_s``; or null. ``assumed``:
+            what was not given.
             ``verdict``: ``policy``, ``shares``, ``headline``, ``reasons``; ``baseline``, the
             number of an outcome.
             ``windows``: for each scored one ``window``, ``label``, ``distance``, ``shifted``,
@@ -178,7 +249,8 @@ class SimulationReport:
             ``estimate_us``: ``median``, ``max``; or null where no plan was made.
             ``outcomes``: for each ``policy``, ``shares``, ``mean_balance``, ``total_balance``,
             ``worst_balance``, ``worst_window``, ``balance_after_shifts`` (or null),
-            ``relative_time`` (of the expert layers; 1 for the baseline), ``num_plans``,
+            ``relative_time`` (of the expert layers; 1 for the baseline), ``window_s`` (how long a
+            window takes, moves included; null where that is not known), ``num_plans``,
             ``moves``, ``moves_per_plan``, ``moves_share`` (of all slots), ``bytes_per_plan``,
             ``transfer_s_per_plan`` (null where the links are not known), ``plan_us`` and
             ``split_us`` (``median``, ``max``; or null), ``balance`` (by window),
@@ -211,6 +283,7 @@ class SimulationReport:
             "estimator": simulation.estimator,
             "max_moves": simulation.max_moves,
             "links": links and links._asdict(),
+            "window_s": self.window_s,
             "assumed": self.assumed or {},
             "verdict": {
                 "policy": verdict.outcome.policy,
@@ -247,6 +320,7 @@ class SimulationReport:
             "worst_window": worst + 1,
             "balance_after_shifts": outcome.balance_of(simulation.stale),
             "relative_time": self.verdict.baseline.mean_balance / outcome.mean_balance,
+            "window_s": self._seconds(outcome, self.verdict.baseline),
             "num_plans": len(steps),
             "moves": int(steps.moves.sum()),
             "moves_per_plan": steps.moves_per_step,
@@ -324,7 +398,9 @@ class SimulationReport:
         if links is not None:
             names.append("bytes")
         if sent:
-            names.append("sent in")
+            names.append("moved in")
+        if self.window_s is not None:
+            names.append("a window")
         names += ["planned in", "at most"]
         if any(row["split_us"] is not None for row in figures):
             names += ["split in"]
@@ -345,12 +421,28 @@ class SimulationReport:
                 cells += _if(planned, _bytes(row["bytes_per_plan"]))
             if sent:
                 cells += _if(planned, duration(1e6 * row["transfer_s_per_plan"]))
+            if self.window_s is not None:
+                taken = row["window_s"]
+                cells.append("-" if taken is None else duration(1e6 * taken))
             spread = planned or {"median": 0.0, "max": 0.0}
             cells += _if(planned, duration(spread["median"]), duration(spread["max"]))
             if "split in" in names:
                 cells.append("-" if split is None else duration(split["median"]))
             rows.append(tuple(cells))
         return tuple(names), rows
+
+    def highlights(self) -> list[tuple[str, str]]:
+        """The few numbers that matter most about the recommended outcome, and what they are."""
+        verdict = self.verdict
+        figures = self._outcome_figures(verdict.outcome)
+        baseline = verdict.baseline.mean_balance
+        pairs = [(_balance(figures["mean_balance"]), f"balance; {_balance(baseline)} now")]
+        if verdict.outcome is not verdict.baseline:
+            pairs.append((f"{100 * figures['relative_time']:.0f} %", "of the expert layers' time"))
+        if figures["plan_us"] is not None:
+            pairs.append((f"{100 * figures['moves_share']:.1f} %", "of slots change in a plan"))
+            pairs.append((duration(figures["plan_us"]["median"]), "to plan all layers"))
+        return pairs
 
     def text(self, style: Style | None = None) -> str:
         """The report as text that fits a screen.
@@ -429,6 +521,12 @@ class SimulationReport:
 
 def _name(outcome: Outcome) -> str:
     return f"{outcome.policy}, {outcome.shares}"
+
+
+def _of(baseline: Outcome) -> str:
+    if (baseline.policy, baseline.shares) == ("trivial", "uniform"):
+        return "for the placement that engines start with"
+    return f"for {_name(baseline)}"
 
 
 def _balance(value: float) -> str:
