@@ -19,7 +19,7 @@ from eplb_rs._commands import (
     style,
     topology_of,
 )
-from eplb_rs._files import write_whole
+from eplb_rs._files import check_writable, write_whole
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.loads import read_loads
 from eplb_rs.planner import GroupRule
@@ -169,6 +169,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         from eplb_rs import draw
 
         draw.check_matplotlib("html", arguments.html)
+        check_writable(arguments.html, "html")
     links = _links(arguments)
     trace = read_loads(arguments.trace, windows=arguments.windows, key=arguments.key)
     topology, assumed = topology_of(arguments, trace.loads.shape[2])
@@ -214,7 +215,7 @@ def _links(arguments: argparse.Namespace) -> Links | None:
                 raise InvalidInputError(
                     code="inconsistent",
                     argument="expert_bytes",
-                    got="None",
+                    got="left out",
                     expected=f"given where --{option.replace('_', '-')} is",
                 )
         return None
@@ -222,7 +223,7 @@ def _links(arguments: argparse.Namespace) -> Links | None:
         raise InvalidInputError(
             code="inconsistent",
             argument="inter_node_gb_s",
-            got="None",
+            got="left out",
             expected="given where --window-s is",
         )
     node = arguments.gb_s if arguments.node_gb_s is None else arguments.node_gb_s

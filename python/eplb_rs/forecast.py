@@ -61,7 +61,7 @@ BACKTESTED = (
 )
 """What ``backtest`` chooses from; of several that are equally good, the first."""
 
-SHIFT_THRESHOLD = 0.2
+SHIFT_THRESHOLD = 0.15
 """By how much a window's distance must exceed the usual one for the domain to have shifted."""
 
 _WINDOWS = {"average": 8, "exponential": 7, "trend": 4}

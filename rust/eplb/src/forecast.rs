@@ -21,7 +21,7 @@ pub const MAX_WINDOWS: usize = 1024;
 
 /// By how much a window must be farther from the mean of those before it than is usual, for the
 /// domain to have shifted; see [`Forecaster::new`].
-pub const SHIFT_THRESHOLD: f64 = 0.2;
+pub const SHIFT_THRESHOLD: f64 = 0.15;
 
 /// How the load of the next window is estimated.
 ///
@@ -106,7 +106,7 @@ impl Estimator {
         Err(Error::invalid(
             Code::OutOfRange,
             "estimator",
-            format!("{self:?}"),
+            format!("over {windows} windows"),
             format!("over {least} to {MAX_WINDOWS} windows"),
             "",
         ))
