@@ -69,8 +69,8 @@ class PlanSteps:
 
     Attributes:
         windows: `[S]` int64, the first window that each plan served, as a number of the replay.
-        moves: `[S]` int64, experts that had to arrive on a rank that did not hold them, over all
-            layers. 0 for the first.
+        moves: `[S]` int64, slots that got their expert from another rank, over all layers. 0 for
+            the first.
         plan_us: `[S]` float64, planning in native code, in microseconds.
         transfer_s: `[S]` float64, how long its moves take, in seconds; ``None`` where the links
             or their speeds are not known.
@@ -271,13 +271,12 @@ def simulate(
     estimate = np.empty(windows.shape, dtype=np.float32)
     spent_us = 0.0
     for number, window in enumerate(windows):
+        started = time.perf_counter()
+        new_domain = _observed(forecaster, number, window)
+        spent_us += 1e6 * (time.perf_counter() - started)
         if number:
             for track in tracks:
                 track.meet(window)
-        started = time.perf_counter()
-        new_domain = forecaster.observe(window)
-        spent_us += 1e6 * (time.perf_counter() - started)
-        if number:
             distance[number - 1] = forecaster.distance.mean()
             shifted[number - 1] = new_domain
             # Until the next plan, those in force know nothing of the new domain.
@@ -313,6 +312,20 @@ def simulate(
         links=links,
         estimate_us=np.array(estimate_us),
     )
+
+
+def _observed(forecaster: Forecaster, number: int, window: Load) -> bool:
+    """Whether the domain shifted with a window; refuses one that is no load."""
+    try:
+        return forecaster.observe(window)
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            code=error.code,
+            argument="trace",
+            got=f"window {number}: {error.got}",
+            expected=error.expected,
+            hint=error.hint,
+        ) from None
 
 
 class _Windows:

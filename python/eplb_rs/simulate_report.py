@@ -508,7 +508,8 @@ class SimulationReport:
         low = min(np.floor(10 * low) / 10, 0.9)
         marks = "▁▂▃▄▅▆▇█" if style.blocks else "_.-~=+*#"
         what = "window by window" if per_mark == 1 else f"the worst of each {per_mark} windows"
-        lines = [style.dim(f"Balance, {what}: {marks[0]} {low:.1f} to {marks[-1]} 1.0")]
+        title = f"Balance, {what}: {marks[0]} {low:.1f} to {marks[-1]} 1.0"
+        lines = [style.dim(line) for line in textwrap.wrap(title, style.width)]
         for name, curve in zip(names, curves, strict=True):
             levels = np.clip((curve - low) / (1 - low) * len(marks), 0, len(marks) - 1)
             lines.append(f"{name:<{margin}}" + "".join(marks[int(level)] for level in levels))
