@@ -29,6 +29,7 @@
 //! | [`transfer`] | who sends which expert to whom, in which round |
 //! | [`bound`] | how little the heaviest rank can carry, whatever the placement |
 //! | [`realtime`] | one layer planned in microseconds, from the load of this micro-batch |
+//! | [`scenario`] | plans that are good in several loads at once: for the window to come |
 //! | [`split`] | how tokens are split over the replicas of a placement |
 //! | [`error`] | what is said when a request cannot be met |
 #![forbid(unsafe_code)]
@@ -39,6 +40,7 @@ pub mod load;
 pub mod placement;
 pub mod planner;
 pub mod realtime;
+pub mod scenario;
 pub mod split;
 pub mod topology;
 pub mod transfer;
@@ -59,6 +61,7 @@ pub use migrate::Milestone;
 pub use placement::{Placement, PlacementMut, Replica};
 pub use planner::{GroupRule, Planner, Policy};
 pub use realtime::{Limits, Step, StepMut, StepPlanner};
+pub use scenario::{Aim, Outlook, Scenarios, Split};
 pub use split::{SharesMut, Splitter};
 pub use topology::Topology;
 pub use transfer::{Transfer, transfers};
