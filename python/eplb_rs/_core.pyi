@@ -17,12 +17,15 @@ __all__ = [
     "__version__",
     "check_groups",
     "lower_bound",
+    "outlook_scenarios",
     "partition_layers",
+    "plan_scenarios",
     "schedule_methods",
     "search_schedules",
     "tight_lower_bound",
     "total_variation",
     "transfers",
+    "windows_since_shift",
 ]
 
 __version__: Final[str]
@@ -287,6 +290,23 @@ def tight_lower_bound(
 def transfers(
     previous: Placement, following: Placement, by_layer: bool
 ) -> npt.NDArray[np.int64]: ...
+def plan_scenarios(
+    planner: Planner,
+    scenarios: npt.NDArray[np.float32],
+    weights: Sequence[float] | None,
+    split: str,
+    previous: Placement | None,
+    max_moves_per_layer: int | None,
+) -> Placement: ...
+def outlook_scenarios(
+    windows: npt.NDArray[np.float32],
+    shift: float,
+    most_windows: int,
+    copies: int,
+    spread: float,
+    flatness: float,
+) -> npt.NDArray[np.float32]: ...
+def windows_since_shift(windows: npt.NDArray[np.float32], shift: float) -> int: ...
 def check_groups(num_groups: int, num_experts: int) -> None: ...
 def schedule_methods() -> list[str]: ...
 

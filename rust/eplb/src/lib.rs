@@ -30,6 +30,7 @@
 //! | [`bound`] | how little the heaviest rank can carry, whatever the placement |
 //! | [`realtime`] | one layer planned in microseconds, from the load of this micro-batch |
 //! | [`forecast`] | what the next window's load will be |
+//! | [`scenario`] | plans that are good in several loads at once: for the window to come |
 //! | [`split`] | how tokens are split over the replicas of a placement |
 //! | [`error`] | what is said when a request cannot be met |
 #![forbid(unsafe_code)]
@@ -41,6 +42,7 @@ pub mod load;
 pub mod placement;
 pub mod planner;
 pub mod realtime;
+pub mod scenario;
 pub mod split;
 pub mod topology;
 pub mod transfer;
@@ -62,6 +64,7 @@ pub use migrate::Milestone;
 pub use placement::{Placement, PlacementMut, Replica};
 pub use planner::{GroupRule, Planner, Policy};
 pub use realtime::{Limits, Step, StepMut, StepPlanner};
+pub use scenario::{Aim, Outlook, Scenarios, Split};
 pub use split::{SharesMut, Splitter};
 pub use topology::Topology;
 pub use transfer::{Transfer, transfers};

@@ -159,7 +159,11 @@ impl Scratch {
 }
 
 /// Refuses a previous placement of other sizes.
-fn check_previous(topology: &Topology, load: &Load<'_>, previous: &Placement) -> Result<()> {
+pub(crate) fn check_previous(
+    topology: &Topology,
+    load: &Load<'_>,
+    previous: &Placement,
+) -> Result<()> {
     let other = previous.topology();
     let same_slots = other.num_gpus() == topology.num_gpus()
         && (0..other.num_gpus()).all(|gpu| other.slots_of(gpu) == topology.slots_of(gpu));

@@ -11,6 +11,7 @@ mod forecast;
 mod placement;
 mod planner;
 mod realtime;
+mod scenario;
 mod schedule;
 mod schedule_choice;
 mod schedule_errors;
@@ -28,6 +29,8 @@ mod _core {
     use crate::planner::{Planner, check_groups};
     #[pymodule_export]
     use crate::realtime::StepPlanner;
+    #[pymodule_export]
+    use crate::scenario::{outlook_scenarios, plan_scenarios, windows_since_shift};
     #[pymodule_export]
     use crate::schedule::{Schedule, schedule_methods};
     #[pymodule_export]

@@ -26,13 +26,14 @@ use std::time::Instant;
 use multiversion::multiversion;
 
 pub use fuel::Budget;
+pub(crate) use fuel::Fuel;
 pub(crate) use moves::Walks;
+pub(crate) use random::Random;
 
 use crate::error::{Code, Error, Result, require_multiple};
 use crate::placement::Replica;
 use crate::planner::check_slots;
 use crate::topology::Topology;
-use fuel::Fuel;
 use part::Part;
 use ranks::Ranks;
 
