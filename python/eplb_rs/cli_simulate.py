@@ -24,7 +24,7 @@ from eplb_rs.errors import InvalidInputError
 from eplb_rs.loads import read_loads
 from eplb_rs.planner import GroupRule
 from eplb_rs.report import printable
-from eplb_rs.simulate import Links, SimulatedPolicy, simulate
+from eplb_rs.simulate import Links, simulate
 from eplb_rs.simulate_report import SimulationReport
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ examples:
       every policy, with and without re-splitting, on a page on which to decide
   eplb simulate trace.json --merge 4 --gpus 8 --replicas 72 --max-moves 25%
       four windows of the file in each; at most a quarter of the slots change in a step
+  eplb simulate trace.json --gpus 8 --policy balanced scenarios --shares arriving
+      whether planning for several windows at once is worth its time
   eplb simulate trace.npy --gpus 32 --nodes 4 --groups 8 --interval 3 \\
       --policy deepseek balanced --shares uniform --estimator last
       what an engine would do: a plan every three windows, made for the last of them
@@ -49,6 +51,7 @@ policies:
   trivial     what engines start from, and never a move
   deepseek    the reference algorithm, which does not look at the placement in force
   balanced    planned from the placement in force
+  scenarios   the same, for all windows since the last shift at once: better and slower
   oracle      planned on each window itself: what no one can do, for comparison
 
 shares, how an expert's tokens are split over its replicas:
@@ -75,9 +78,9 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
     policies.add_argument(
         "--policy",
         nargs="+",
-        default=list(get_args(SimulatedPolicy)),
+        default=["trivial", "deepseek", "balanced", "oracle"],
         metavar="NAME",
-        help="which to compare (all)",
+        help="which to compare (all but scenarios)",
     )
     policies.add_argument(
         "--shares",
@@ -100,7 +103,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
         "--max-moves",
         type=_moves,
         metavar="N",
-        help="the most experts that a balanced plan may move, over all layers: a number, or a "
+        help="the most experts that a balanced or scenarios plan may move, over all layers: a number, or a "
         "part of all slots, such as 25%% (as many as help)",
     )
     policies.add_argument(

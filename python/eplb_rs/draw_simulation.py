@@ -29,6 +29,7 @@ _COLOURS = {
     "trivial": ("#6b7280", "#a3adbd"),
     "deepseek": ("#c2571a", "#f0995a"),
     "balanced": ("#1f6fb2", "#6db3f2"),
+    "scenarios": ("#8a3fa0", "#c78be0"),
     "oracle": ("#2e8b57", "#63c58f"),
 }
 """Of each policy, on light and on dark ground."""

@@ -22,6 +22,7 @@ Letters: T windows replayed, W windows scored, S plans made, L layers, E logical
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -33,6 +34,7 @@ from eplb_rs.errors import InvalidInputError
 from eplb_rs.forecast import SHIFT_THRESHOLD, Forecaster
 from eplb_rs.loads import LoadTrace
 from eplb_rs.planner import Planner
+from eplb_rs.scenarios import Outlook
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Links", "Outcome", "PlanSteps", "Simulation", "simulate"]
 
-SimulatedPolicy: TypeAlias = Literal["trivial", "deepseek", "balanced", "oracle"]
+SimulatedPolicy: TypeAlias = Literal["trivial", "deepseek", "balanced", "scenarios", "oracle"]
 SplitName: TypeAlias = Literal["uniform", "past", "arriving"]
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
@@ -95,7 +97,7 @@ class Outcome:
     """What one policy, with one way of splitting tokens over replicas, made of the trace.
 
     Attributes:
-        policy: ``"trivial"``, ``"deepseek"``, ``"balanced"`` or ``"oracle"``.
+        policy: ``"trivial"``, ``"deepseek"``, ``"balanced"``, ``"scenarios"`` or ``"oracle"``.
         shares: How each expert's tokens are split over its replicas: ``"uniform"``, ``"past"`` or
             ``"arriving"``.
         largest: `[W]` float64, the largest rank loads of each window, summed over layers.
@@ -209,7 +211,10 @@ def simulate(
         topology: The machines.
         policies: ``"trivial"``, what engines start from, and never a move; ``"deepseek"``, the
             reference algorithm, which does not look at the placement in force; ``"balanced"``,
-            planned from the placement in force; ``"oracle"``, planned anew on each window itself:
+            planned from the placement in force; ``"scenarios"``, planned from the placement in force
+            for all windows since the last shift at once (:meth:`eplb_rs.Planner.plan_windows`), with
+            the way of splitting in mind: often the best, and by far the slowest, so it has to be
+            asked for; ``"oracle"``, planned anew on each window itself:
             what no one can do, for comparison. The oracle is heuristic too.
         shares: How an expert's tokens are split over its replicas: ``"uniform"``, evenly, as engines
             do; ``"past"``, as suits the estimate that the plan was made for; ``"arriving"``, as
@@ -221,7 +226,8 @@ def simulate(
             at its end are dropped.
         num_groups: In how many groups the model's experts are.
         group_rule: As for :class:`eplb_rs.Planner`.
-        max_moves: The most moves of a ``"balanced"`` plan after the first, over all layers.
+        max_moves: The most moves of a ``"balanced"`` or ``"scenarios"`` plan after the first, over
+            all layers; the latter takes an equal part in each layer.
         iterations: As for :class:`eplb_rs.Planner`.
         threads: As for :class:`eplb_rs.Planner`.
         links: What moving weights costs; without it moves are counted only, without speeds bytes
@@ -236,8 +242,8 @@ def simulate(
             :meth:`eplb_rs.Planner.plan` says of a load, for the trace; for the others as
             :class:`eplb_rs.Planner` and :class:`eplb_rs.forecast.Forecaster`.
 
-    Cost: 58 layers of 256 experts on 288 slots take about 20 ms a window for all policies, most of
-    it for planning. Memory for the trace and a few plans.
+    Cost: 58 layers of 256 experts on 288 slots take about 20 ms a window for the default policies,
+    most of it for planning. Memory for the trace and a few plans.
     """
     windows = _Windows(trace, as_count(merge, "merge"))
     planned = _names(policies, "policies", get_args(SimulatedPolicy))
@@ -256,14 +262,19 @@ def simulate(
         return Planner(
             topology,
             num_groups,
-            policy="balanced" if policy == "oracle" else policy,
+            policy="balanced" if policy in ("scenarios", "oracle") else policy,
             threads=threads,
             group_rule=group_rule,
             iterations=iterations,
         )
 
     limit = None if max_moves is None else as_count(max_moves, "max_moves", least=0)
-    tracks = [_Track(policy, planner(policy), splits, limit, links) for policy in planned]
+    tracks = []
+    for policy in planned:
+        # Scenarios make other plans for each way of splitting.
+        for names in [[name] for name in splits] if policy == "scenarios" else [splits]:
+            tracks.append(_Track(policy, planner(policy), names, limit, links))
+    recent: deque[Load] = deque(maxlen=Outlook().most_windows)
     num_scored = len(windows) - 1
     distance, shifted = np.zeros(num_scored), np.zeros(num_scored, dtype=np.bool_)
     stale = np.zeros(num_scored, dtype=np.bool_)
@@ -274,6 +285,10 @@ def simulate(
         started = time.perf_counter()
         new_domain = _observed(forecaster, number, window)
         spent_us += 1e6 * (time.perf_counter() - started)
+        if new_domain:
+            recent.clear()
+        if window.any():
+            recent.append(window)
         if number:
             for track in tracks:
                 track.meet(window)
@@ -291,7 +306,7 @@ def simulate(
             estimate_us.append(spent_us + 1e6 * (time.perf_counter() - started))
             spent_us = 0.0
             for track in tracks:
-                track.replan(number + 1, estimate)
+                track.replan(number + 1, estimate, recent)
         if progress is not None:
             progress(number + 1, len(windows))
     return Simulation(
@@ -326,6 +341,10 @@ def _observed(forecaster: Forecaster, number: int, window: Load) -> bool:
             expected=error.expected,
             hint=error.hint,
         ) from None
+
+
+_SINCE_SHIFT = Outlook(shift=1.0)
+"""Scenarios of all windows given: they are those since the last shift already."""
 
 
 class _Windows:
@@ -415,19 +434,26 @@ class _Track:
             mean /= topology.num_gpus - len(topology.dead)
             score.add(np.minimum(mean, largest), largest)
 
-    def replan(self, window: int, estimate: Load) -> None:
-        """Plans for an estimate; the plan serves from this window on."""
+    def replan(self, window: int, estimate: Load, recent: Sequence[Load]) -> None:
+        """Plans for an estimate, or for the windows since the last shift; the plan serves from this
+        window on."""
         if self.policy == "oracle" or (self.policy == "trivial" and self._plan is not None):
             return
         before = self._plan
-        if self.policy == "balanced" and before is not None:
+        plan_us = None
+        if self.policy == "scenarios" and recent:
+            started = time.perf_counter()
+            plan = self._for_scenarios(np.stack(recent), before)
+            plan_us = 1e6 * (time.perf_counter() - started)
+        elif self.policy in ("balanced", "scenarios") and before is not None:
             plan = self.planner.plan(estimate, previous=before, max_moves=self._max_moves)
         else:
             plan = self.planner.plan(estimate)
         self._plan, self._fixed = plan, None
         if self.policy == "trivial":
             return
-        plan_us = self.planner.last_timing.native_us
+        if plan_us is None:
+            plan_us = self.planner.last_timing.native_us
         moves, seconds = 0, 0.0
         if before is not None:
             transfers = plan.transfers(before)
@@ -435,6 +461,16 @@ class _Track:
             if self._links is not None:
                 seconds = transfers.predicted_s(**self._links)
         self._steps.append((window, moves, plan_us, seconds))
+
+    def _for_scenarios(self, windows: npt.NDArray[np.float32], before: Plan | None) -> Plan:
+        limit = self._max_moves if before is not None else None
+        return self.planner.plan_windows(
+            windows,
+            previous=before,
+            max_moves_per_layer=None if limit is None else limit // windows.shape[1],
+            split="shares" if "arriving" in self._scores else "uniform",
+            outlook=_SINCE_SHIFT,
+        )
 
     def outcomes(self) -> Iterator[Outcome]:
         """What came of it, for each way of splitting."""

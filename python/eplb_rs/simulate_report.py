@@ -368,7 +368,11 @@ class SimulationReport:
             )
         )
         limit = simulation.max_moves
-        budget = "" if limit is None else f", balanced moves at most {limit} experts"
+        budget = (
+            ""
+            if limit is None
+            else f", a plan moves at most {limit} experts (deepseek: any number)"
+        )
         facts.append(
             (
                 "plans",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from eplb_rs import InvalidInputError, Planner, Topology, cli
 from eplb_rs.loads import read_loads
+from eplb_rs.scenarios import Outlook
 from eplb_rs.shares import Splitter
 from eplb_rs.simulate import Links, simulate
 from eplb_rs.simulate_page import page
@@ -121,6 +122,34 @@ def test_balanced_goes_on_from_the_plan_in_force_within_its_budget(trace, report
         found = outcome(report.simulation, "balanced", name)
         np.testing.assert_allclose(found.balance, expected, rtol=1e-6)
         assert 0 < found.steps.moves.max() <= 400
+
+
+def test_scenarios_are_the_windows_since_the_last_shift(trace):
+    """Each way of splitting has plans of its own, made with it in mind."""
+    windows = trace.loads[:128].reshape(16, 8, 26, 64).sum(axis=1).astype(np.float32)
+    simulation = simulate(
+        windows, Topology(1, 8, 9), policies="scenarios", max_moves=470, iterations=200
+    )
+    assert (np.flatnonzero(simulation.shifted) + 1).tolist() == [4, 8, 12]
+    planner = Planner(Topology(1, 8, 9), policy="balanced", iterations=200)
+    for shares, split in (("uniform", "uniform"), ("arriving", "shares")):
+        plan, expected = None, []
+        for number in range(1, 16):
+            since = max(start for start in (0, 4, 8, 12) if start < number)
+            plan = planner.plan_windows(
+                windows[max(since, number - 8) : number],
+                previous=plan,
+                max_moves_per_layer=None if plan is None else 18,
+                split=split,
+                outlook=Outlook(shift=1.0),
+            )
+            met = plan.with_load(windows[number])
+            met = met.with_shares() if shares == "arriving" else met
+            expected.append(met.balance)
+        found = outcome(simulation, "scenarios", shares)
+        np.testing.assert_allclose(found.balance, expected, rtol=1e-6)
+        assert 0 < found.steps.moves.max() <= 18 * 26
+        assert found.steps.plan_us.min() > 0
 
 
 def test_an_arriving_split_is_the_optimum_of_a_linear_program(report, trace):
@@ -271,8 +300,12 @@ def test_where_moves_cost_more_than_they_save_experts_stay(report):
         SimulationReport(simulation=report.simulation, window_s=-1.0)
 
 
-def test_every_number_of_the_page_is_in_the_figures(report):
-    text = page(report)
+@pytest.fixture(scope="module")
+def text(report):
+    return page(report)
+
+
+def test_every_number_of_the_page_is_in_the_figures(report, text):
     figures = report.figures()
     tables = re.findall(r"<table>.*?</table>", text, re.DOTALL)
     cells = [
@@ -325,8 +358,7 @@ def in_us(text):
     return float(number) * {"us": 1.0, "ms": 1e3, "s": 1e6}[unit]
 
 
-def test_the_page_needs_nothing_else_and_is_described(report):
-    text = page(report)
+def test_the_page_needs_nothing_else_and_is_described(text):
     assert not re.search(r'(src|href|srcset)="(?!data:)', text)
     assert "<script" not in text
     assert "url(" not in text
@@ -429,7 +461,16 @@ def test_help_has_examples(run):
     code, out, _ = run("--help")
     assert code == 0
     assert "eplb simulate trace.json --gpus 8 --html page.html" in out
-    for name in ("trivial", "deepseek", "balanced", "oracle", "uniform", "past", "arriving"):
+    for name in (
+        "trivial",
+        "deepseek",
+        "balanced",
+        "scenarios",
+        "oracle",
+        "uniform",
+        "past",
+        "arriving",
+    ):
         assert re.search(rf"^  {name} ", out, re.MULTILINE)
 
 
