@@ -74,7 +74,7 @@ def choice_figure(
     shares = dict.fromkeys(one.shares for one in report.simulation.outcomes)
     entries = [_entry(name, _colour(name, palette), "s") for name in policies]
     entries += [_entry(name, palette.quiet, _MARKS[name]) for name in shares]
-    _legend(axis, entries, palette, narrow)
+    _legend(fig, entries, palette, 3 if narrow else 9)
     return fig
 
 
@@ -101,7 +101,7 @@ def balance_figure(
     axis.set_xlim(0.5, len(windows) + 0.5)
     axis.set_xlabel("window", color=palette.quiet, fontsize=9)
     axis.set_ylabel("balance", color=palette.quiet, fontsize=9)
-    _legend(axis, axis.get_legend_handles_labels()[0], palette, narrow, per_row=2)
+    _legend(fig, axis.get_legend_handles_labels()[0], palette, 2 if narrow else 5)
     return fig
 
 
@@ -114,18 +114,26 @@ def cost_figure(
     fig, above = _axis(palette, narrow, 4.6, rows=2)
     below = fig.axes[1]
     entries = []
-    for one in {one.policy: one for one in report.simulation.outcomes if len(one.steps)}.values():
-        colour = _colour(one.policy, palette)
+    planned = list({id(one.steps): one for one in report.simulation.outcomes}.values())
+    for one in planned:
         steps = one.steps
-        moved = 100 * steps.moves[1:] / report.num_slots
-        size = 14.0 if len(steps) <= 200 else 3.0
-        above.scatter(steps.windows[1:], moved, size, colour, zorder=3)
-        below.scatter(steps.windows, 1e-3 * steps.plan_us, size, colour, zorder=3)
-        entries.append(_entry(one.policy, colour, "o"))
+        if not len(steps):
+            continue
+        alone = sum(other.policy == one.policy for other in planned) == 1
+        style: dict[str, Any] = {
+            "color": _colour(one.policy, palette),
+            "marker": "o" if alone else _MARKS[one.shares],
+            "linestyle": "none",
+            "markersize": 4.0 if len(steps) <= 200 else 2.0,
+        }
+        above.plot(steps.windows[1:], 100 * steps.moves[1:] / report.num_slots, **style)
+        below.plot(steps.windows, 1e-3 * steps.plan_us, **style)
+        name = one.policy if alone else f"{one.policy}, {one.shares}"
+        entries.append(_entry(name, style["color"], style["marker"]))
     for axis in (above, below):
         _shifts(axis, report, palette, named=axis is above)
         axis.set_xlim(0.5, len(report.simulation.distance) + 0.5)
-    above.set_ylim(bottom=0)
+    above.set_ylim(bottom=-0.03 * above.get_ylim()[1])
     below.set_yscale("log")
     below.yaxis.set_major_formatter("{x:g}")
     below.yaxis.set_minor_locator(NullLocator())
@@ -133,7 +141,8 @@ def cost_figure(
     below.set_xlabel("first window of the plan", color=palette.quiet, fontsize=9)
     above.set_ylabel("slots changed, %", color=palette.quiet, fontsize=9)
     below.set_ylabel("planned in, ms", color=palette.quiet, fontsize=9)
-    _legend(above, entries, palette, narrow)
+    if entries:
+        _legend(fig, entries, palette, 2 if narrow else 5)
     return fig
 
 
@@ -143,17 +152,8 @@ def _axis(palette: Palette, narrow: bool, height: float, rows: int = 1) -> tuple
 
     width = 4.6 if narrow else 10.0
     fig = Figure(figsize=(width, height), facecolor=palette.background)
-    fig.subplots(
-        rows,
-        1,
-        gridspec_kw={
-            "left": 0.62 / width,
-            "right": 1 - 0.12 / width,
-            "top": 1 - (0.95 if narrow else 0.55) / height,
-            "bottom": 0.5 / height,
-            "hspace": 0.12,
-        },
-    )
+    fig.subplots(rows, 1)
+    fig.subplots_adjust(left=0.62 / width, right=1 - 0.12 / width, bottom=0.5 / height, hspace=0.12)
     for axis in fig.axes:
         axis.set_facecolor(palette.background)
         axis.grid(axis="y", color=palette.grid, linewidth=0.7)
@@ -198,16 +198,16 @@ def _entry(name: str, colour: str, marker: str) -> Any:
     return Line2D([], [], color=colour, marker=marker, linestyle="none", markersize=6, label=name)
 
 
-def _legend(
-    axis: Axes, entries: list[Any], palette: Palette, narrow: bool, per_row: int = 3
-) -> None:
-    """A legend above the picture and the names of shifts, as wide as there is room for."""
-    height = axis.get_window_extent().height / axis.figure.dpi
-    legend = axis.legend(
+def _legend(fig: Figure, entries: list[Any], palette: Palette, per_row: int) -> None:
+    """A legend above the picture and the names of shifts, in as many rows as it takes."""
+    rows = -(-len(entries) // per_row)
+    height = fig.get_figheight()
+    fig.subplots_adjust(top=1 - (0.3 + 0.19 * rows) / height)
+    legend = fig.legend(
         handles=entries,
-        loc="lower left",
-        bbox_to_anchor=(0, 1 + 0.17 / height),
-        ncols=min(per_row if narrow else 8, len(entries)),
+        loc="upper left",
+        bbox_to_anchor=(0.62 / fig.get_figwidth(), 1 - 0.04 / height),
+        ncols=min(per_row, len(entries)),
         frameon=False,
         fontsize=8.5,
         handletextpad=0.3,
