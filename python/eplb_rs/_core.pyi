@@ -19,6 +19,7 @@ __all__ = [
     "lower_bound",
     "outlook_scenarios",
     "partition_layers",
+    "plan_linked",
     "plan_scenarios",
     "schedule_methods",
     "search_schedules",
@@ -296,8 +297,10 @@ def plan_scenarios(
     weights: Sequence[float] | None,
     split: str,
     previous: Placement | None,
+    max_moves: int | None,
     max_moves_per_layer: int | None,
 ) -> Placement: ...
+def plan_linked(planner: Planner, load: npt.NDArray[np.float32], slack: float) -> Placement: ...
 def outlook_scenarios(
     windows: npt.NDArray[np.float32],
     shift: float,

@@ -15,7 +15,7 @@ from eplb_rs import _core
 from eplb_rs._inputs import as_count, as_load, as_topology
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.plan import Plan
-from eplb_rs.scenarios import Outlook, as_scenarios, as_weights
+from eplb_rs.scenarios import Outlook, as_number, as_scenarios, as_weights
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -267,6 +267,7 @@ class Planner:
         windows: LoadLike,
         *,
         previous: Plan | None = None,
+        max_moves: int | None = None,
         max_moves_per_layer: int | None = None,
         split: Split = "uniform",
         outlook: Outlook | None = None,
@@ -280,6 +281,7 @@ class Planner:
         Args:
             windows: `[T, L, E]`, tokens per expert and layer in each window, the last one last.
             previous: As for :meth:`plan_scenarios`.
+            max_moves: As for :meth:`plan_scenarios`.
             max_moves_per_layer: As for :meth:`plan_scenarios`.
             split: As for :meth:`plan_scenarios`.
             outlook: How scenarios are made of windows.
@@ -298,6 +300,7 @@ class Planner:
         return self.plan_scenarios(
             made.scenarios(windows),
             previous=previous,
+            max_moves=max_moves,
             max_moves_per_layer=max_moves_per_layer,
             split=split,
             layer_ids=layer_ids,
@@ -309,6 +312,7 @@ class Planner:
         *,
         weights: Sequence[float] | npt.NDArray[Any] | None = None,
         previous: Plan | None = None,
+        max_moves: int | None = None,
         max_moves_per_layer: int | None = None,
         split: Split = "uniform",
         layer_ids: Sequence[int] | None = None,
@@ -324,6 +328,8 @@ class Planner:
             scenarios: `[K, L, E]`, what the load may be; each in any unit.
             weights: `[K]`, how much each counts; all alike if left out.
             previous: The plan in force.
+            max_moves: With ``previous``, how many experts may arrive on a rank that did not hold
+                them, over all layers: they move where that gains most.
             max_moves_per_layer: With ``previous``, how many experts of each layer may arrive on a
                 rank that did not hold them; by default as many as help.
             split: How tokens will be split over replicas when the load has come: ``"uniform"``,
@@ -348,27 +354,53 @@ class Planner:
             raise _wrong_type(
                 "previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one"
             )
-        if previous is None and max_moves_per_layer is not None:
-            raise InvalidInputError(
-                code="inconsistent",
-                argument="max_moves_per_layer",
-                got=repr(max_moves_per_layer),
-                expected="None where there is no previous plan",
-                hint="previous=plan says what the moves start from",
-            )
+        limits = {"max_moves": max_moves, "max_moves_per_layer": max_moves_per_layer}
+        for argument, moves in limits.items():
+            if previous is None and moves is not None:
+                raise InvalidInputError(
+                    code="inconsistent",
+                    argument=argument,
+                    got=repr(moves),
+                    expected="None where there is no previous plan",
+                    hint="previous=plan says what the moves start from",
+                )
         if not isinstance(split, str):
             raise _wrong_type("split", split, "a string")
-        moves = max_moves_per_layer
         placement = _core.plan_scenarios(
             self._core,
             array,
             None if counts is None else counts.tolist(),
             split.encode(errors="replace").decode(),
             None if previous is None else previous._placement,
-            None if moves is None else as_count(moves, "max_moves_per_layer", least=0),
+            *(None if n is None else as_count(n, name, least=0) for name, n in limits.items()),
         )
         mean = np.average(array, axis=0, weights=counts).astype(np.float32)
         return Plan._made(placement, mean, self.num_groups, self.policy, layer_ids)
+
+    def plan_linked(
+        self, load: LoadLike, *, slack: float = 0.0008, layer_ids: Sequence[int] | None = None
+    ) -> Plan:
+        """Plans a placement for one load with shares in mind: its replicas link as many ranks as
+        can be, so that tokens have ways to flow when another load comes.
+
+        Ranks that no shared expert links cannot help each other. Slots of nearly the same load
+        are swapped until all ranks hang together or nothing more can be linked.
+
+        Args:
+            load: As for :meth:`plan`.
+            slack: How much more than the mean a rank may carry for it, as a part of that, when
+                replicas share evenly.
+            layer_ids: As for :meth:`plan`.
+
+        Raises:
+            InvalidInputError: As :meth:`plan`; ``wrong_type`` or ``out_of_range`` for the slack;
+                ``inconsistent`` for a topology whose GPUs are not all alike.
+
+        Cost: see ``benches/results/next_window.json``.
+        """
+        array = as_load(load)
+        placement = _core.plan_linked(self._core, array, as_number(slack, "slack"))
+        return Plan._made(placement, array, self.num_groups, self.policy, layer_ids)
 
     def plan_into(self, load: LoadLike, out: PlanBuffers) -> None:
         """Plans a placement into buffers, and allocates nothing once warm.

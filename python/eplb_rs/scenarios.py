@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import as_count, as_load, is_tensor
 from eplb_rs._inputs import _as_array as as_array
+from eplb_rs._inputs import as_count, as_load, is_tensor
 from eplb_rs.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Outlook:
     most_windows: int = 8
     copies: int = 8
     spread: float = 0.2
-    flatness: float = 0.2
+    flatness: float = 0.3
 
     def since_shift(self, windows: LoadLike) -> int:
         """The first window after the last shift; 0 if there was none.
@@ -67,7 +67,7 @@ class Outlook:
         """
         array = as_scenarios(windows, "windows")
         try:
-            return _core.windows_since_shift(array, _number(self.shift, "shift"))
+            return _core.windows_since_shift(array, as_number(self.shift, "shift"))
         except InvalidInputError as error:
             raise _of_windows(error) from None
 
@@ -84,11 +84,11 @@ class Outlook:
         """
         array = as_scenarios(windows, "windows")
         settings = (
-            _number(self.shift, "shift"),
+            as_number(self.shift, "shift"),
             as_count(self.most_windows, "most_windows"),
             as_count(self.copies, "copies", least=0),
-            _number(self.spread, "spread"),
-            _number(self.flatness, "flatness"),
+            as_number(self.spread, "spread"),
+            as_number(self.flatness, "flatness"),
         )
         try:
             return _core.outlook_scenarios(array, *settings)
@@ -143,7 +143,8 @@ def as_weights(
     return array.astype(np.float64)
 
 
-def _number(value: object, argument: str) -> float:
+def as_number(value: object, argument: str) -> float:
+    """A number as a float."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -157,4 +158,8 @@ def _number(value: object, argument: str) -> float:
 
 def _of_windows(error: InvalidInputError) -> InvalidInputError:
     """The same error, where the native module speaks of scenarios and the caller of windows."""
-    return error.renamed("windows") if error.argument == "scenarios" else error
+    if error.argument != "scenarios":
+        return error
+    renamed = error.renamed("windows")
+    assert isinstance(renamed, InvalidInputError)
+    return renamed

@@ -30,7 +30,7 @@ mod _core {
     #[pymodule_export]
     use crate::realtime::StepPlanner;
     #[pymodule_export]
-    use crate::scenario::{outlook_scenarios, plan_scenarios, windows_since_shift};
+    use crate::scenario::{outlook_scenarios, plan_linked, plan_scenarios, windows_since_shift};
     #[pymodule_export]
     use crate::schedule::{Schedule, schedule_methods};
     #[pymodule_export]

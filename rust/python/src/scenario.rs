@@ -1,9 +1,13 @@
 //! Plans for several scenarios, and scenarios from windows.
 
+use eplb::Load;
 use eplb::scenario::{Aim, Outlook, Scenarios, Split};
-use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray3, PyUntypedArrayMethods, ndarray};
+use numpy::{
+    PyArray1, PyArray2, PyArray3, PyArrayMethods, PyReadonlyArray3, PyUntypedArrayMethods, ndarray,
+};
 use pyo3::prelude::*;
 
+use crate::arguments::LoadArray;
 use crate::buffers::{readable, values};
 use crate::errors::{invalid_input, plan_error};
 use crate::placement::Placement;
@@ -30,8 +34,27 @@ impl Loads {
     }
 }
 
+/// Plans a placement for a load, float32 `[L, E]`, whose replicas link ranks.
+#[pyfunction]
+pub(crate) fn plan_linked(
+    py: Python<'_>,
+    planner: &Planner,
+    load: &Bound<'_, PyArray2<f32>>,
+    slack: f64,
+) -> PyResult<Placement> {
+    let load = LoadArray::new(load)?;
+    let (num_layers, num_experts) = load.shape();
+    let copy = load.values()?.to_vec();
+    let planner = planner.inner();
+    let plan = || planner.plan_linked(&Load::new(&copy, num_layers, num_experts)?, slack);
+    py.detach(plan)
+        .map(Placement)
+        .map_err(|error| plan_error(py, &error))
+}
+
 /// Plans a placement for several loads, float32 `[K, L, E]`, at once.
 #[pyfunction]
+#[expect(clippy::too_many_arguments, reason = "what Python names")]
 pub(crate) fn plan_scenarios(
     py: Python<'_>,
     planner: &Planner,
@@ -39,6 +62,7 @@ pub(crate) fn plan_scenarios(
     weights: Option<Vec<f64>>,
     split: &str,
     previous: Option<&Placement>,
+    max_moves: Option<usize>,
     max_moves_per_layer: Option<usize>,
 ) -> PyResult<Placement> {
     let loads = Loads::new(scenarios, "scenarios")?;
@@ -51,6 +75,7 @@ pub(crate) fn plan_scenarios(
         split: known,
         weights: weights.as_deref(),
         previous: previous.map(|previous| &previous.0),
+        max_moves,
         max_moves_per_layer,
     };
     let planner = planner.inner();

@@ -1,7 +1,7 @@
 //! Tokens are split anew as the load arrives: what a placement is worth then.
 
 use super::layer::{Exchange, Layer};
-use super::rows::{Change, Futures, LANES, Table, WHOLE, add};
+use super::rows::{Change, Futures, LANES, Row, Table, WHOLE, add, total};
 use super::search::Judge;
 use crate::split::{Flow, LayerGraph};
 
@@ -10,6 +10,10 @@ const MOST: usize = u128::BITS as usize;
 
 /// How far a level may be above the largest mean of the sets kept.
 const EXACT: f32 = 1e-5;
+
+/// Sets further below the largest mean than this are left out where exchanges are compared: none
+/// takes so much off at once, as a rule, and a flow decides in the end.
+const REACH: f32 = 0.1;
 
 /// Judges a placement by the largest rank load of the best split, in the mean over scenarios.
 ///
@@ -24,11 +28,15 @@ pub(super) struct Cuts {
     means: Table,
     /// The inverse of each set's size.
     inverse: Vec<f32>,
+    /// What the placement is worth by these.
+    value: f32,
     /// The sets that each rank is in, and those that hold each expert alone.
     within: Vec<u128>,
     alone: Vec<u128>,
     /// The sets whose mean is the largest in some scenario.
     tight: u128,
+    /// The sets whose mean is near the largest in some scenario.
+    high: Vec<u32>,
     /// When each set was tight last.
     stamp: Vec<u32>,
     clock: u32,
@@ -44,9 +52,11 @@ impl Cuts {
         let mut cuts = Self {
             means: Table::new(futures.num_blocks(), MOST),
             inverse: vec![0.0; MOST],
+            value: 0.0,
             within: vec![0; num_ranks],
             alone: vec![0; num_experts],
             tight: 0,
+            high: Vec::with_capacity(MOST),
             stamp: vec![0; MOST],
             clock: 0,
             graph: LayerGraph::new(num_experts, layer.ranks()),
@@ -56,6 +66,7 @@ impl Cuts {
         for rank in 0..num_ranks.min(MOST / 2) as u32 {
             cuts.keep(layer, futures, &[rank]);
         }
+        cuts.value = cuts.worth(futures);
         cuts.settle(layer, futures, f32::INFINITY);
         cuts
     }
@@ -132,6 +143,23 @@ impl Cuts {
         u128::MAX >> (MOST - self.means.len)
     }
 
+    /// What the placement is worth by the sets kept.
+    #[inline(always)]
+    fn worth(&self, futures: &Futures) -> f32 {
+        let mut value = 0.0;
+        for (block, weights) in futures.weights.iter().enumerate() {
+            let mut largest = [0.0f32; LANES];
+            for row in self.means.block(block) {
+                raise(&mut largest, row);
+            }
+            for lane in 0..LANES {
+                largest[lane] *= weights[lane];
+            }
+            value += total(&largest);
+        }
+        value
+    }
+
     #[inline(always)]
     fn shift(&self, change: &mut Change, which: usize, before: u128, after: u128) {
         for set in bits(after & !before) {
@@ -148,27 +176,37 @@ impl Judge for Cuts {
         MOST
     }
 
+    fn ideal(&self) -> f32 {
+        1.0
+    }
+
+    fn value(&self, _futures: &Futures) -> f32 {
+        self.value
+    }
+
     #[inline(always)]
-    fn value(&self, futures: &Futures, change: &Change) -> f32 {
-        let [first, second] = change.experts;
+    fn bound(&self, futures: &Futures, change: &Change) -> f32 {
         let mut value = 0.0;
         for (block, weights) in futures.weights.iter().enumerate() {
-            let loads = (futures.load(block, first), futures.load(block, second));
+            let means = self.means.block(block);
+            let loads = change.experts.map(|expert| futures.load(block, expert));
             let mut largest = [0.0f32; LANES];
-            let gains = change.gains[0].iter().zip(&change.gains[1]);
-            for (row, (a, b)) in self.means.block(block).iter().zip(gains) {
-                for lane in 0..LANES {
-                    let mean = row[lane] + a * loads.0[lane] + b * loads.1[lane];
-                    largest[lane] = if mean > largest[lane] {
-                        mean
-                    } else {
-                        largest[lane]
-                    };
+            for &set in &self.high {
+                if !change.changes(set) {
+                    raise(&mut largest, &means[set as usize]);
                 }
             }
-            for lane in 0..LANES {
-                value += weights[lane] * largest[lane];
+            for &set in &change.rows {
+                let mut row = means[set as usize];
+                let gains = change.of(set);
+                add(&mut row, gains[0], loads[0]);
+                add(&mut row, gains[1], loads[1]);
+                raise(&mut largest, &row);
             }
+            for lane in 0..LANES {
+                largest[lane] *= weights[lane];
+            }
+            value += total(&largest);
         }
         value
     }
@@ -176,6 +214,7 @@ impl Judge for Cuts {
     fn look(&mut self, layer: &Layer, futures: &Futures) {
         // What exchanges have added and taken away has left rounding behind.
         self.sum(layer, futures, self.used());
+        self.value = self.worth(futures);
         let mut tight = 0;
         self.means.for_largest(futures, |set| tight |= 1 << set);
         self.tight = tight;
@@ -183,21 +222,30 @@ impl Judge for Cuts {
         for set in bits(tight) {
             self.stamp[set] = self.clock;
         }
+        let mut high = 0u128;
+        for block in 0..futures.num_blocks() {
+            let means = self.means.block(block);
+            let mut largest = [0.0f32; LANES];
+            for row in means {
+                raise(&mut largest, row);
+            }
+            for (set, row) in means.iter().enumerate() {
+                let mut lanes = 0..LANES;
+                let near = lanes.any(|lane| row[lane] > largest[lane] - REACH);
+                high |= u128::from(near) << set;
+            }
+        }
+        self.high.clear();
+        self.high.extend(bits(high).map(|set| set as u32));
     }
 
     #[inline(always)]
-    fn may_help(&self, layer: &Layer, exchange: Exchange) -> bool {
-        match exchange {
-            Exchange::Replace { slot, expert } => {
-                let here = self.within[layer.rank(slot as usize)];
-                self.alone[expert as usize] & !here & self.tight != 0
-            }
-            Exchange::Swap { a, b } => {
-                let within = |slot: u32| self.within[layer.rank(slot as usize)];
-                let leaves = |from: u32, to: u32| self.alone[layer.expert(from)] & !within(to);
-                (leaves(a, b) | leaves(b, a)) & self.tight != 0
-            }
-        }
+    fn suspects(&self, _layer: &Layer, expert: usize) -> bool {
+        self.alone[expert] & self.tight != 0
+    }
+
+    fn sheds(&self, _layer: &Layer, _slot: u32) -> bool {
+        false
     }
 
     #[inline(always)]
@@ -239,12 +287,14 @@ impl Judge for Cuts {
                 }
             }
         }
+        self.value = self.worth(futures);
     }
 
-    fn settle(&mut self, layer: &Layer, futures: &Futures, limit: f32) -> bool {
+    fn settle(&mut self, layer: &Layer, futures: &Futures, limit: f32) {
+        if self.value > limit {
+            return;
+        }
         self.graph.take(layer.experts(), layer.counts());
-        let nothing = Change::with_capacity(MOST);
-        let mut added = false;
         for turn in 0..futures.num_scenarios {
             let scenario = (self.first + turn) % futures.num_scenarios;
             let level = self
@@ -258,13 +308,24 @@ impl Judge for Cuts {
             }
             let ranks = self.flow.tight.clone();
             self.keep(layer, futures, &ranks);
-            added = true;
-            if self.value(futures, &nothing) > limit {
+            self.value = self.worth(futures);
+            if self.value > limit {
                 self.first = scenario;
                 break;
             }
         }
-        added
+    }
+}
+
+/// `largest = max(largest, row)`, lane by lane.
+#[inline(always)]
+fn raise(largest: &mut Row, row: &Row) {
+    for lane in 0..LANES {
+        largest[lane] = if row[lane] > largest[lane] {
+            row[lane]
+        } else {
+            largest[lane]
+        };
     }
 }
 

@@ -1,7 +1,7 @@
 //! Replicas share evenly: what a placement is worth then.
 
 use super::layer::{Exchange, Layer};
-use super::rows::{Change, Futures, LANES, Table, add};
+use super::rows::{Change, Futures, LANES, Row, Table, add, total};
 use super::search::Judge;
 
 /// Judges a placement by the squares of what ranks carry above the mean, in each scenario.
@@ -12,6 +12,9 @@ use super::search::Judge;
 pub(super) struct Even {
     /// What each rank carries.
     ranks: Table,
+    /// What each rank adds to the value, and their sum.
+    squares: Vec<f32>,
+    value: f32,
     /// Whether a rank is the heaviest in some scenario.
     heaviest: Vec<bool>,
 }
@@ -23,6 +26,8 @@ impl Even {
         ranks.len = num_ranks;
         let mut even = Self {
             ranks,
+            squares: vec![0.0; num_ranks],
+            value: 0.0,
             heaviest: vec![false; num_ranks],
         };
         even.sum(layer, futures);
@@ -32,19 +37,35 @@ impl Even {
     #[inline(always)]
     fn sum(&mut self, layer: &Layer, futures: &Futures) {
         self.ranks.clear();
-        for block in 0..futures.num_blocks() {
+        self.squares.fill(0.0);
+        for (block, weights) in futures.weights.iter().enumerate() {
             for (slot, &rank) in (0..).zip(layer.ranks()) {
                 let expert = layer.expert(slot);
                 let share = 1.0 / layer.count(expert) as f32;
                 let row = self.ranks.row_mut(block, rank as usize);
                 add(row, share, futures.load(block, expert));
             }
+            for (row, sum) in self.ranks.block(block).iter().zip(&mut self.squares) {
+                *sum += squares(row, weights);
+            }
         }
+        self.value = self.squares.iter().sum();
     }
+}
 
-    fn is_heaviest(&self, layer: &Layer, slot: u32) -> bool {
-        self.heaviest[layer.rank(slot as usize)]
+/// The weighted sum of squares of what is above the mean.
+#[inline(always)]
+fn squares(row: &Row, weights: &Row) -> f32 {
+    let mut squares = [0.0f32; LANES];
+    for lane in 0..LANES {
+        let over = if row[lane] > 1.0 {
+            row[lane] - 1.0
+        } else {
+            0.0
+        };
+        squares[lane] = weights[lane] * over * over;
     }
+    total(&squares)
 }
 
 impl Judge for Even {
@@ -52,23 +73,29 @@ impl Judge for Even {
         self.heaviest.len()
     }
 
+    fn ideal(&self) -> f32 {
+        0.0
+    }
+
+    fn value(&self, _futures: &Futures) -> f32 {
+        self.value
+    }
+
     #[inline(always)]
-    fn value(&self, futures: &Futures, change: &Change) -> f32 {
-        let [first, second] = change.experts;
-        let mut value = 0.0;
+    fn bound(&self, futures: &Futures, change: &Change) -> f32 {
+        let mut value = self.value;
+        for &rank in &change.rows {
+            value -= self.squares[rank as usize];
+        }
         for (block, weights) in futures.weights.iter().enumerate() {
-            let loads = (futures.load(block, first), futures.load(block, second));
-            let mut squares = [0.0f32; LANES];
-            for (rank, row) in self.ranks.block(block).iter().enumerate() {
-                let (a, b) = (change.gains[0][rank], change.gains[1][rank]);
-                for lane in 0..LANES {
-                    let load = row[lane] + a * loads.0[lane] + b * loads.1[lane];
-                    let over = if load > 1.0 { load - 1.0 } else { 0.0 };
-                    squares[lane] += over * over;
-                }
-            }
-            for lane in 0..LANES {
-                value += weights[lane] * squares[lane];
+            let ranks = self.ranks.block(block);
+            let loads = change.experts.map(|expert| futures.load(block, expert));
+            for &rank in &change.rows {
+                let mut row = ranks[rank as usize];
+                let gains = change.of(rank);
+                add(&mut row, gains[0], loads[0]);
+                add(&mut row, gains[1], loads[1]);
+                value += squares(&row, weights);
             }
         }
         value
@@ -76,19 +103,21 @@ impl Judge for Even {
 
     fn look(&mut self, _layer: &Layer, futures: &Futures) {
         self.heaviest.fill(false);
-        let Self { ranks, heaviest } = self;
+        let Self {
+            ranks, heaviest, ..
+        } = self;
         ranks.for_largest(futures, |rank| heaviest[rank] = true);
     }
 
     #[inline(always)]
-    fn may_help(&self, layer: &Layer, exchange: Exchange) -> bool {
-        match exchange {
-            Exchange::Replace { slot, expert } => {
-                let mut places = layer.places(expert as usize).iter();
-                self.is_heaviest(layer, slot) || places.any(|&slot| self.is_heaviest(layer, slot))
-            }
-            Exchange::Swap { a, b } => self.is_heaviest(layer, a) || self.is_heaviest(layer, b),
-        }
+    fn suspects(&self, layer: &Layer, expert: usize) -> bool {
+        let mut places = layer.places(expert).iter();
+        places.any(|&slot| self.sheds(layer, slot))
+    }
+
+    #[inline(always)]
+    fn sheds(&self, layer: &Layer, slot: u32) -> bool {
+        self.heaviest[layer.rank(slot as usize)]
     }
 
     #[inline(always)]
@@ -128,7 +157,5 @@ impl Judge for Even {
         self.sum(layer, futures);
     }
 
-    fn settle(&mut self, _layer: &Layer, _futures: &Futures, _limit: f32) -> bool {
-        false
-    }
+    fn settle(&mut self, _layer: &Layer, _futures: &Futures, _limit: f32) {}
 }

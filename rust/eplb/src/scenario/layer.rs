@@ -181,6 +181,15 @@ impl Layer {
         }
     }
 
+    /// The experts that an exchange concerns.
+    #[inline(always)]
+    pub(super) fn concerned(&self, exchange: Exchange) -> [usize; 2] {
+        match exchange {
+            Exchange::Replace { slot, expert } => [self.expert(slot), expert as usize],
+            Exchange::Swap { a, b } => [self.expert(a), self.expert(b)],
+        }
+    }
+
     /// Makes an exchange; returns the one that takes it back.
     pub(super) fn make(&mut self, exchange: Exchange) -> Exchange {
         match exchange {

@@ -29,7 +29,7 @@ impl Default for Outlook {
             most_windows: 8,
             copies: 8,
             spread: 0.2,
-            flatness: 0.2,
+            flatness: 0.3,
         }
     }
 }

@@ -131,13 +131,29 @@ pub(super) fn add(row: &mut Row, factor: f32, other: &Row) {
     }
 }
 
+/// The sum over lanes, always in the same order.
+#[inline(always)]
+pub(super) fn total(row: &Row) -> f32 {
+    let mut sums = *row;
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
 /// What an exchange does to the rows of a table: for each of the two experts it concerns, how much
 /// of the expert's load each row gains.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Change {
     pub(super) experts: [usize; 2],
-    pub(super) gains: [Vec<f32>; 2],
-    touched: Vec<u32>,
+    gains: Vec<[f32; 2]>,
+    marked: Vec<bool>,
+    /// The rows that gain or lose anything.
+    pub(super) rows: Vec<u32>,
 }
 
 impl Change {
@@ -145,23 +161,39 @@ impl Change {
     pub(super) fn with_capacity(capacity: usize) -> Self {
         Self {
             experts: [0; 2],
-            gains: [vec![0.0; capacity], vec![0.0; capacity]],
-            touched: Vec::new(),
+            gains: vec![[0.0; 2]; capacity],
+            marked: vec![false; capacity],
+            rows: Vec::with_capacity(capacity),
         }
+    }
+
+    /// Whether a row gains or loses anything.
+    #[inline(always)]
+    pub(super) fn changes(&self, row: u32) -> bool {
+        self.marked[row as usize]
+    }
+
+    /// What a row gains of each expert's load.
+    #[inline(always)]
+    pub(super) fn of(&self, row: u32) -> [f32; 2] {
+        self.gains[row as usize]
     }
 
     #[inline(always)]
     pub(super) fn gain(&mut self, which: usize, row: usize, more: f32) {
-        self.gains[which][row] += more;
-        self.touched.push(row as u32);
+        self.gains[row][which] += more;
+        if !self.marked[row] {
+            self.marked[row] = true;
+            self.rows.push(row as u32);
+        }
     }
 
     #[inline(always)]
     pub(super) fn clear(&mut self) {
-        for &row in &self.touched {
-            self.gains[0][row as usize] = 0.0;
-            self.gains[1][row as usize] = 0.0;
+        for &row in &self.rows {
+            self.gains[row as usize] = [0.0; 2];
+            self.marked[row as usize] = false;
         }
-        self.touched.clear();
+        self.rows.clear();
     }
 }
