@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "Forecaster",
     "Placement",
     "Planner",
     "Schedule",
@@ -16,12 +17,17 @@ __all__ = [
     "__version__",
     "bounds",
     "check_groups",
+    "outlook_scenarios",
     "partition_layers",
+    "plan_linked",
+    "plan_scenarios",
     "predicted_s",
     "schedule_methods",
     "search_schedules",
     "tight_lower_bound",
+    "total_variation",
     "transfers",
+    "windows_since_shift",
 ]
 
 __version__: Final[str]
@@ -262,6 +268,33 @@ class StepPlanner:
         by_source: npt.NDArray[np.int32] | npt.NDArray[np.int64] | None = None,
     ) -> tuple[int, int, int]: ...
 
+@final
+class Forecaster:
+    """Estimates the next window's load; see :class:`eplb_rs.forecast.Forecaster`."""
+
+    def __new__(
+        cls,
+        num_layers: int,
+        num_experts: int,
+        estimator: str,
+        windows: int,
+        shift_threshold: float | None,
+    ) -> Self: ...
+    def observe(self, window: npt.NDArray[np.float32]) -> bool: ...
+    def estimate_into(self, out: npt.NDArray[np.float32]) -> None: ...
+    def uncertainty_into(self, out: npt.NDArray[np.float32]) -> None: ...
+    @property
+    def num_windows(self) -> int: ...
+    @property
+    def windows_since_shift(self) -> int: ...
+    @property
+    def distance(self) -> npt.NDArray[np.float64]: ...
+    @property
+    def chosen(self) -> list[tuple[str, int]]: ...
+
+def total_variation(
+    load: npt.NDArray[np.float32], other: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float64]: ...
 def bounds(
     load: npt.NDArray[np.float32], topology: Topology, num_groups: int
 ) -> npt.NDArray[np.float64]: ...
@@ -278,6 +311,25 @@ def predicted_s(
     expert_bytes: npt.NDArray[np.float64],
     links: _Links,
 ) -> float: ...
+def plan_scenarios(
+    planner: Planner,
+    scenarios: npt.NDArray[np.float32],
+    weights: Sequence[float] | None,
+    split: str,
+    previous: Placement | None,
+    max_moves: int | None,
+    max_moves_per_layer: int | None,
+) -> Placement: ...
+def plan_linked(planner: Planner, load: npt.NDArray[np.float32], slack: float) -> Placement: ...
+def outlook_scenarios(
+    windows: npt.NDArray[np.float32],
+    shift: float,
+    most_windows: int,
+    copies: int,
+    spread: float,
+    flatness: float,
+) -> npt.NDArray[np.float32]: ...
+def windows_since_shift(windows: npt.NDArray[np.float32], shift: float) -> int: ...
 def check_groups(num_groups: int, num_experts: int) -> None: ...
 def schedule_methods() -> list[str]: ...
 

@@ -8,7 +8,23 @@ from pathlib import Path
 
 from eplb_rs.errors import InvalidInputError
 
-__all__ = ["write_whole"]
+__all__ = ["check_writable", "write_whole"]
+
+
+def check_writable(path: str | os.PathLike[str], argument: str = "path") -> None:
+    """Refuses a path that plainly cannot be written, before work is done for it.
+
+    Raises:
+        InvalidInputError: ``unwritable_file``.
+    """
+    try:
+        target = Path(path).resolve()
+        reason = "Is a directory" if target.is_dir() else "No such folder"
+        if target.parent.is_dir() and not target.is_dir():
+            return
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = str(error)
+    raise _unwritable(path, argument, reason)
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes, argument: str = "path") -> None:
@@ -33,9 +49,13 @@ def write_whole(path: str | os.PathLike[str], content: bytes, argument: str = "p
             unfinished.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         reason = error.strerror if isinstance(error, OSError) else None
-        raise InvalidInputError(
-            code="unwritable_file",
-            argument=argument,
-            got=f"{os.fspath(path)}: {reason or error}",
-            expected="a file that can be written, in a folder that exists",
-        ) from None
+        raise _unwritable(path, argument, str(reason or error)) from None
+
+
+def _unwritable(path: str | os.PathLike[str], argument: str, reason: str) -> InvalidInputError:
+    return InvalidInputError(
+        code="unwritable_file",
+        argument=argument,
+        got=f"{os.fspath(path)}: {reason}",
+        expected="a file that can be written, in a folder that exists",
+    )

@@ -6,51 +6,72 @@ it; 130 if interrupted; 141 if whoever reads the output went away.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import shutil
 import statistics
 import sys
 import time
 import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO, cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import numpy as np
 
-from eplb_rs import _core
+from eplb_rs import _core, cli_simulate
+from eplb_rs._commands import (
+    Parser,
+    check_outputs,
+    command,
+    count,
+    loads_options,
+    machine_options,
+    print_text,
+    style,
+    topology_of,
+)
 from eplb_rs._files import write_whole
-from eplb_rs.errors import InvalidInputError, PlanError
+from eplb_rs.errors import PlanError
 from eplb_rs.explanation import explain
 from eplb_rs.loads import read_loads
 from eplb_rs.plan import Plan
 from eplb_rs.planner import GroupRule, Planner, PolicyName
-from eplb_rs.report import PlanningTime, Report, Style, printable
+from eplb_rs.report import PlanningTime, Report, printable
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 __all__ = ["main"]
 
 _OPTIONS = {
     "allow_zero": "--allow-zero",
+    "estimator": "--estimator",
+    "expert_bytes": "--expert-bytes",
     "group_rule": "--group-rule",
+    "html": "--html",
+    "inter_node_gb_s": "--gb-s",
+    "interval": "--interval",
+    "intra_node_gb_s": "--node-gb-s",
+    "iterations": "--iterations",
     "key": "--key",
     "layer": "--layer",
+    "max_moves": "--max-moves",
+    "merge": "--merge",
     "num_gpus": "--gpus",
     "num_groups": "--groups",
     "num_nodes": "--nodes",
     "num_replicas": "--replicas",
     "output": "--output",
-    "path": "LOADS",
     "plan": "PLAN",
     "plot": "--plot",
+    "policies": "--policy",
     "policy": "--policy",
+    "shares": "--shares",
     "threads": "--threads",
+    "trace": "TRACE",
+    "window_s": "--window-s",
     "windows": "--windows",
 }
-"""What the command line calls the arguments of the package."""
+"""What the command line calls the arguments of the package; `path` is what is read."""
 
 _PLAN_EXAMPLES = """\
 examples:
@@ -104,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except PlanError as error:
-        message = printable(_in_options(str(error)))
-        _print(f"eplb {arguments.command}: error: {message}\n", sys.stderr)
+        message = printable(_in_options(str(error), arguments.source))
+        print_text(f"eplb {arguments.command}: error: {message}\n", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -116,25 +137,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    _check_outputs(arguments, arguments.loads)
+    _check_plan_outputs(arguments, arguments.loads)
     trace = read_loads(
         arguments.loads,
         windows=arguments.windows,
         key=arguments.key,
         allow_zero=arguments.allow_zero,
     )
-    num_experts = trace.loads.shape[2]
-    assumed = {}
-    if arguments.nodes is None:
-        assumed["--nodes"] = arguments.nodes = 1
-    if arguments.groups is None:
-        assumed["--groups"] = arguments.groups = 1
-    if arguments.replicas is None:
-        gpus = max(arguments.gpus, 1)  # what is below is refused in a moment
-        assumed["--replicas"] = arguments.replicas = (-(-num_experts // gpus) + 1) * gpus
-    topology = _core.Topology.from_totals(
-        num_replicas=arguments.replicas, num_nodes=arguments.nodes, num_gpus=arguments.gpus
-    )
+    topology, assumed = topology_of(arguments, trace.loads.shape[2])
     planner = Planner(
         topology,
         arguments.groups,
@@ -150,7 +160,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    _check_outputs(arguments, arguments.plan)
+    _check_plan_outputs(arguments, arguments.plan)
     return _show_report(Report(plan=Plan.load(arguments.plan)), arguments)
 
 
@@ -160,7 +170,7 @@ def _explain(arguments: argparse.Namespace) -> int:
         text = json.dumps(explanation.figures(), indent=2, allow_nan=False) + "\n"
     else:
         text = explanation.text(top=arguments.top)
-    _print(text, sys.stdout)
+    print_text(text, sys.stdout)
     return 0
 
 
@@ -170,9 +180,9 @@ def _show_report(report: Report, arguments: argparse.Namespace) -> int:
         figures = report.figures(top=arguments.top, layer=layer)
         text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
     elif layer is not None:
-        text = report.layer_text(layer, _style(sys.stdout), top=arguments.top)
+        text = report.layer_text(layer, style(sys.stdout), top=arguments.top)
     else:
-        text = report.text(_style(sys.stdout), top=arguments.top)
+        text = report.text(style(sys.stdout), top=arguments.top)
     if arguments.plot is not None:
         from eplb_rs import draw
 
@@ -180,28 +190,17 @@ def _show_report(report: Report, arguments: argparse.Namespace) -> int:
     if not arguments.json:
         written = [path for path in (arguments.output, arguments.plot) if path is not None]
         text += "".join(f"wrote {printable(str(path))}\n" for path in written)
-    _print(text, sys.stdout)
+    print_text(text, sys.stdout)
     return 0
 
 
-def _check_outputs(arguments: argparse.Namespace, source: str) -> None:
+def _check_plan_outputs(arguments: argparse.Namespace, source: str) -> None:
     """Refuses outputs that cannot be, before any work is done for them."""
     if arguments.plot is not None:
         from eplb_rs import draw
 
         draw.check_path(arguments.plot)
-    users = {Path(source).resolve(): "the file that is read"}
-    for argument, name in (("output", arguments.output), ("plot", arguments.plot)):
-        if name is None or name == os.devnull:
-            continue
-        user = users.setdefault(Path(name).resolve(), f"that of --{argument}")
-        if user != f"that of --{argument}":
-            raise InvalidInputError(
-                code="in_use",
-                argument=argument,
-                got=name,
-                expected=f"another file than {user}",
-            )
+    check_outputs(source, {"output": arguments.output, "plot": arguments.plot})
 
 
 def _measured(planner: Planner, plan: Plan) -> PlanningTime:
@@ -218,15 +217,8 @@ def _measured(planner: Planner, plan: Plan) -> PlanningTime:
     return PlanningTime(statistics.median(times_us), len(times_us))
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose complaints take one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {printable(message)} (try {self.prog} --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="eplb",
         description="Plans where the experts of a mixture-of-experts model live.",
         epilog="Each command's --help gives examples.",
@@ -235,29 +227,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"eplb {_core.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    plan = _command(commands, "plan", "plan a placement for recorded loads", _PLAN_EXAMPLES)
-    plan.set_defaults(run=_plan, layer=None)
+    plan = command(commands, "plan", "plan a placement for recorded loads", _PLAN_EXAMPLES)
+    plan.set_defaults(run=_plan, source="LOADS", layer=None)
     plan.add_argument("loads", metavar="LOADS", help="a file of recorded expert loads")
-    machines = plan.add_argument_group("machines and model")
-    machines.add_argument(
-        "--gpus", type=_count, required=True, metavar="N", help="how many GPUs there are"
-    )
-    machines.add_argument(
-        "--nodes", type=_count, metavar="N", help="how many nodes they are in (1)"
-    )
-    machines.add_argument(
-        "--groups",
-        type=_count,
-        metavar="N",
-        help="in how many groups the experts are (1; DeepSeek-V3 and R1: 8)",
-    )
-    machines.add_argument(
-        "--replicas",
-        type=_count,
-        metavar="N",
-        help="how many expert slots there are on all GPUs (room for all experts, and one slot "
-        "to spare on each GPU)",
-    )
+    machines = machine_options(plan)
     machines.add_argument(
         "--policy",
         default="balanced",
@@ -272,26 +245,17 @@ def _parser() -> argparse.ArgumentParser:
         f"{' or '.join(get_args(GroupRule))} (strict: each stays on one node)",
     )
     machines.add_argument(
-        "--threads", type=_count, default=1, metavar="N", help="threads to plan on (1)"
+        "--threads", type=count, default=1, metavar="N", help="threads to plan on (1)"
     )
-    loads = plan.add_argument_group("loads")
-    loads.add_argument(
-        "--windows",
-        metavar="WHICH",
-        help="which windows of a trace to sum: all, last, a number (3, -1), a range (0:4) or "
-        "a label (all)",
-    )
-    loads.add_argument(
-        "--key", metavar="NAME", help="which array of an .npz, or field of a .json or .pt"
-    )
+    loads = loads_options(plan, "which windows of a trace to sum")
     loads.add_argument(
         "--allow-zero", action="store_true", help="take loads that are all zero, as an even plan"
     )
     output = _output_options(plan)
     output.add_argument("-o", "--output", metavar="FILE", help="write the plan, as JSON")
 
-    show = _command(commands, "show", "show a plan that was saved", _SHOW_EXAMPLES)
-    show.set_defaults(run=_show, output=None)
+    show = command(commands, "show", "show a plan that was saved", _SHOW_EXAMPLES)
+    show.set_defaults(run=_show, source="PLAN", output=None)
     show.add_argument("plan", metavar="PLAN", help="a file that eplb plan -o or Plan.save wrote")
     output = _output_options(show)
     output.add_argument(
@@ -301,8 +265,8 @@ def _parser() -> argparse.ArgumentParser:
         help="show one layer, rank by rank; numbered as in the model",
     )
 
-    why = _command(commands, "explain", "say why a plan is no better", _EXPLAIN_EXAMPLES)
-    why.set_defaults(run=_explain)
+    why = command(commands, "explain", "say why a plan is no better", _EXPLAIN_EXAMPLES)
+    why.set_defaults(run=_explain, source="PLAN")
     why.add_argument("plan", metavar="PLAN", help="a file that eplb plan -o or Plan.save wrote")
     why.add_argument(
         "--json",
@@ -310,23 +274,12 @@ def _parser() -> argparse.ArgumentParser:
         help="print figures for a program, as JSON (eplb_rs.Explanation says which)",
     )
     why.add_argument(
-        "--top", type=_count, default=5, metavar="N", help="how many of the worst layers (5)"
+        "--top", type=count, default=5, metavar="N", help="how many of the worst layers (5)"
     )
     why.add_argument("--no-mends", action="store_true", help="do not plan what would help; faster")
+
+    cli_simulate.add_to(commands)
     return parser
-
-
-def _command(
-    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, examples: str
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=summary.capitalize() + ".",
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def _output_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -343,7 +296,7 @@ def _output_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     output.add_argument(
         "--top",
-        type=_count,
+        type=count,
         default=5,
         metavar="N",
         help="how many of the worst layers and hottest experts (5)",
@@ -351,44 +304,8 @@ def _output_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return output
 
 
-def _count(text: str) -> int:
-    try:
-        count = int(text)
-    except ValueError:
-        count = 0
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return count
-
-
-def _in_options(message: str) -> str:
+def _in_options(message: str, source: str) -> str:
     """A message of the package in the words of the command line."""
-    for argument, option in _OPTIONS.items():
+    for argument, option in ({"path": source} | _OPTIONS).items():
         message = message.replace(f"`{argument}`", option)
     return message
-
-
-def _style(stream: TextIO) -> Style:
-    """What the reader's terminal can show."""
-    terminal = stream.isatty()
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    width = shutil.get_terminal_size((80, 24)).columns if terminal else 80
-    return Style(
-        width=max(width, 40),
-        colour=terminal and not plain,
-        blocks=_can_print("█▁▏", stream),
-    )
-
-
-def _can_print(text: str, stream: TextIO) -> bool:
-    try:
-        text.encode(stream.encoding or "ascii")
-    except (LookupError, UnicodeEncodeError):
-        return False
-    return True
-
-
-def _print(text: str, stream: TextIO) -> None:
-    """Writes text; what the stream's encoding lacks (in the names of files, say) is escaped."""
-    encoding = stream.encoding or "ascii"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DARK", "LIGHT", "Palette", "check_path", "figure", "page", "save"]
+__all__ = ["DARK", "LIGHT", "Palette", "check_matplotlib", "check_path", "figure", "page", "save"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,13 +91,26 @@ def check_path(path: str | os.PathLike[str]) -> None:
             got=str(path),
             expected="a file named .png, .svg or .html",
         )
+    check_matplotlib("plot", str(path))
+
+
+def check_matplotlib(argument: str, name: str) -> None:
+    """Refuses to draw where nothing is there to draw with.
+
+    Args:
+        argument: What asks for a picture.
+        name: The file it is for.
+
+    Raises:
+        InvalidInputError: ``missing_dependency``.
+    """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise InvalidInputError(
             code="missing_dependency",
-            argument="plot",
-            got=str(path),
+            argument=argument,
+            got=name,
             expected="drawn by Matplotlib, which is not installed",
             hint="pip install 'eplb-rs[plot]'",
         ) from None
@@ -118,7 +131,7 @@ def save(report: Report, path: str | os.PathLike[str]) -> None:
     """
     check_path(path)
     kind = PurePath(path).suffix.lower()[1:]
-    picture = page(report).encode() if kind == "html" else _rendered(figure(report), kind)
+    picture = page(report).encode() if kind == "html" else rendered(figure(report), kind)
     write_whole(path, picture, "plot")
 
 
@@ -200,7 +213,7 @@ def page(report: Report) -> str:
         InvalidInputError: ``missing_dependency`` where Matplotlib is not installed.
     """
     light, dark = (
-        base64.b64encode(_rendered(figure(report, palette), "svg")).decode()
+        base64.b64encode(rendered(figure(report, palette), "svg")).decode()
         for palette in (LIGHT, DARK)
     )
     facts = "".join(
@@ -242,10 +255,10 @@ def page(report: Report) -> str:
         light=light,
         dark=dark,
         facts=facts,
-        summary=_table(("", "before", "after", "bound"), report.summary_rows()),
-        worst=_table(("layer", "before", "after"), worst),
-        hottest=_table(("layer", "expert", "of layer", "replicas", "each / mean rank"), hottest),
-        layers=_table(
+        summary=table(("", "before", "after", "bound"), report.summary_rows()),
+        worst=table(("layer", "before", "after"), worst),
+        hottest=table(("layer", "expert", "of layer", "replicas", "each / mean rank"), hottest),
+        layers=table(
             (
                 "layer",
                 "imbalance before",
@@ -297,7 +310,7 @@ def _heat_map(
     rows = _spread(num_layers, 24)
     axis.set_yticks(rows, [str(report.plan.layer_ids[row]) for row in rows])
     axis.set_xlabel("rank", color=palette.quiet, fontsize=9)
-    _calm(axis, palette)
+    calm(axis, palette)
     return image
 
 
@@ -336,10 +349,10 @@ def _imbalance(axis: Axes, report: Report, palette: Palette) -> None:
     )
     for text in legend.get_texts():
         text.set_color(palette.quiet)
-    _calm(axis, palette)
+    calm(axis, palette)
 
 
-def _calm(axis: Axes, palette: Palette) -> None:
+def calm(axis: Axes, palette: Palette) -> None:
     axis.tick_params(colors=palette.quiet, labelsize=8, length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
@@ -378,7 +391,7 @@ def _spread(num: int, most: int, step: int = 1) -> list[int]:
     return list(range(0, num, step))
 
 
-def _rendered(fig: Figure, kind: str) -> bytes:
+def rendered(fig: Figure, kind: str) -> bytes:
     stream = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
     fig.savefig(stream, format=kind, dpi=160, facecolor=fig.get_facecolor(), metadata=metadata)
@@ -388,7 +401,7 @@ def _rendered(fig: Figure, kind: str) -> bytes:
 # Parts of the page
 
 
-def _table(names: tuple[str, ...], rows: list[Any]) -> str:
+def table(names: tuple[str, ...], rows: list[Any]) -> str:
     head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"

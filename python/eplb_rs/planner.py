@@ -15,6 +15,7 @@ from eplb_rs import _core
 from eplb_rs._inputs import as_count, as_load, as_number, as_topology
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.plan import Plan
+from eplb_rs.scenarios import Outlook, as_scenarios, as_weights
 from eplb_rs.transfers import TransferLimits
 
 if TYPE_CHECKING:
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
     from eplb_rs.realtime import Step, StepLimits
     from eplb_rs.worth import Worth
 
-__all__ = ["GroupRule", "Milestone", "PlanBuffers", "Planner", "PolicyName", "Timing"]
+__all__ = ["GroupRule", "Milestone", "PlanBuffers", "Planner", "PolicyName", "Split", "Timing"]
 
 PolicyName: TypeAlias = Literal["balanced", "deepseek", "trivial"]
 GroupRule: TypeAlias = Literal["strict", "priced", "free"]
+Split: TypeAlias = Literal["uniform", "shares"]
 
 
 class Timing(NamedTuple):
@@ -279,9 +281,7 @@ class Planner:
             rule = "priced"
         return Plan._made(placement, array, core.num_groups, core.policy, layer_ids, rule)
 
-    def frontier(
-        self, load: LoadLike, previous: Plan, *, repeats: bool = True
-    ) -> list[Milestone]:
+    def frontier(self, load: LoadLike, previous: Plan, *, repeats: bool = True) -> list[Milestone]:
         """Balance against moves, from the plan in force.
 
         Args:
@@ -392,6 +392,146 @@ class Planner:
                 hint='policy="balanced" does',
             )
         return previous._placement
+
+    def plan_windows(
+        self,
+        windows: LoadLike,
+        *,
+        previous: Plan | None = None,
+        max_moves: int | None = None,
+        max_moves_per_layer: int | None = None,
+        split: Split = "uniform",
+        outlook: Outlook | None = None,
+        layer_ids: Sequence[int] | None = None,
+    ) -> Plan:
+        """Plans a placement for the window to come, from those that have been.
+
+        The windows since the load last shifted, and copies that scatter as a window to come may,
+        are the scenarios of :meth:`plan_scenarios`.
+
+        Args:
+            windows: `[T, L, E]`, tokens per expert and layer in each window, the last one last.
+            previous: As for :meth:`plan_scenarios`.
+            max_moves: As for :meth:`plan_scenarios`.
+            max_moves_per_layer: As for :meth:`plan_scenarios`.
+            split: As for :meth:`plan_scenarios`.
+            outlook: How scenarios are made of windows.
+            layer_ids: As for :meth:`plan`.
+
+        Returns:
+            The plan, with the mean load of the scenarios.
+
+        Raises:
+            InvalidInputError: As :meth:`plan_scenarios`, for ``windows``; as
+                :meth:`Outlook.scenarios <eplb_rs.scenarios.Outlook.scenarios>`.
+        """
+        made = Outlook() if outlook is None else outlook
+        if not isinstance(made, Outlook):
+            raise _wrong_type("outlook", outlook, "an eplb_rs.scenarios.Outlook or None")
+        return self.plan_scenarios(
+            made.scenarios(windows),
+            previous=previous,
+            max_moves=max_moves,
+            max_moves_per_layer=max_moves_per_layer,
+            split=split,
+            layer_ids=layer_ids,
+        )
+
+    def plan_scenarios(
+        self,
+        scenarios: LoadLike,
+        *,
+        weights: Sequence[float] | npt.NDArray[Any] | None = None,
+        previous: Plan | None = None,
+        max_moves: int | None = None,
+        max_moves_per_layer: int | None = None,
+        split: Split = "uniform",
+        layer_ids: Sequence[int] | None = None,
+    ) -> Plan:
+        """Plans a placement that is good in several scenarios at once.
+
+        In the weighted mean over the scenarios, the largest rank load is as small as exchanges
+        make it. They start from the placement in force, so few experts move; without one, from
+        what this planner plans for the mean load. Of the settings, ``iterations`` limits how many
+        exchanges are tried for each layer, and ``time_limit_us`` how long they are.
+
+        Args:
+            scenarios: `[K, L, E]`, what the load may be; each in any unit.
+            weights: `[K]`, how much each counts; all alike if left out.
+            previous: The plan in force.
+            max_moves: With ``previous``, how many experts may arrive on a rank that did not hold
+                them, over all layers: they move where that gains most.
+            max_moves_per_layer: With ``previous``, how many experts of each layer may arrive on a
+                rank that did not hold them; by default as many as help.
+            split: How tokens will be split over replicas when the load has come: ``"uniform"``,
+                evenly, or ``"shares"``, anew for that load; see :meth:`Plan.with_shares`.
+            layer_ids: As for :meth:`plan`.
+
+        Returns:
+            The plan, with the weighted mean of the scenarios as its load.
+
+        Raises:
+            InvalidInputError: For the scenarios, as for a load of :meth:`plan`; ``too_large`` for
+                more than 256 of them; ``wrong_shape``, ``out_of_range`` or ``wrong_type`` for the
+                weights; ``unknown`` for the split; ``wrong_type``, ``wrong_shape`` or
+                ``inconsistent`` for the previous plan; ``not_integer`` or ``negative`` for the
+                moves; ``inconsistent`` for a topology whose GPUs are not all alike.
+
+        Cost: see ``benches/results/next_window.json``.
+        """
+        array = as_scenarios(scenarios, "scenarios")
+        counts = as_weights(weights, len(array))
+        if not isinstance(previous, Plan | None):
+            raise _wrong_type(
+                "previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one"
+            )
+        limits = {"max_moves": max_moves, "max_moves_per_layer": max_moves_per_layer}
+        for argument, moves in limits.items():
+            if previous is None and moves is not None:
+                raise InvalidInputError(
+                    code="inconsistent",
+                    argument=argument,
+                    got=repr(moves),
+                    expected="None where there is no previous plan",
+                    hint="previous=plan says what the moves start from",
+                )
+        if not isinstance(split, str):
+            raise _wrong_type("split", split, "a string")
+        placement = _core.plan_scenarios(
+            self._core,
+            array,
+            None if counts is None else counts.tolist(),
+            split.encode(errors="replace").decode(),
+            None if previous is None else previous._placement,
+            *(None if n is None else as_count(n, name, least=0) for name, n in limits.items()),
+        )
+        mean = np.average(array, axis=0, weights=counts).astype(np.float32)
+        return Plan._made(placement, mean, self.num_groups, self.policy, layer_ids)
+
+    def plan_linked(
+        self, load: LoadLike, *, slack: float = 0.0008, layer_ids: Sequence[int] | None = None
+    ) -> Plan:
+        """Plans a placement for one load with shares in mind: its replicas link as many ranks as
+        can be, so that tokens have ways to flow when another load comes.
+
+        Ranks that no shared expert links cannot help each other. Slots of nearly the same load
+        are swapped until all ranks hang together or nothing more can be linked.
+
+        Args:
+            load: As for :meth:`plan`.
+            slack: How much more than the mean a rank may carry for it, as a part of that, when
+                replicas share evenly.
+            layer_ids: As for :meth:`plan`.
+
+        Raises:
+            InvalidInputError: As :meth:`plan`; ``wrong_type`` or ``out_of_range`` for the slack;
+                ``inconsistent`` for a topology whose GPUs are not all alike.
+
+        Cost: see ``benches/results/next_window.json``.
+        """
+        array = as_load(load)
+        placement = _core.plan_linked(self._core, array, as_number(slack, "slack"))
+        return Plan._made(placement, array, self.num_groups, self.policy, layer_ids)
 
     def plan_into(self, load: LoadLike, out: PlanBuffers) -> None:
         """Plans a placement into buffers, and allocates nothing once warm.

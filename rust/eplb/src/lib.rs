@@ -29,16 +29,20 @@
 //! | [`transfer`] | who sends which expert to whom, in which round |
 //! | [`bound`] | how little the heaviest rank can carry, whatever the placement |
 //! | [`realtime`] | one layer planned in microseconds, from the load of this micro-batch |
+//! | [`forecast`] | what the next window's load will be |
+//! | [`scenario`] | plans that are good in several loads at once: for the window to come |
 //! | [`split`] | how tokens are split over the replicas of a placement |
 //! | [`error`] | what is said when a request cannot be met |
 #![forbid(unsafe_code)]
 
 pub mod bound;
 pub mod error;
+pub mod forecast;
 pub mod load;
 pub mod placement;
 pub mod planner;
 pub mod realtime;
+pub mod scenario;
 pub mod split;
 pub mod topology;
 pub mod transfer;
@@ -54,11 +58,13 @@ mod trivial;
 pub use balance::Budget;
 pub use bound::{Bound, bounds, lower_bound, tight_lower_bound};
 pub use error::{Code, Error, Refusal, Result};
+pub use forecast::{Estimator, Forecaster, total_variation};
 pub use load::Load;
 pub use migrate::{Milestone, Reach};
 pub use placement::{Placement, PlacementMut, Replica};
 pub use planner::{GroupRule, Planner, Policy};
 pub use realtime::{Limits, Step, StepMut, StepPlanner};
+pub use scenario::{Aim, Outlook, Scenarios, Split};
 pub use split::{SharesMut, Splitter};
 pub use topology::Topology;
 pub use transfer::{Links, Transfer, TransferLimits, predicted_s, transfers};

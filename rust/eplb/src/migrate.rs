@@ -382,7 +382,11 @@ fn walk_for_nothing(
 }
 
 /// Refuses a previous placement of other sizes.
-fn check_previous(topology: &Topology, load: &Load<'_>, previous: &Placement) -> Result<()> {
+pub(crate) fn check_previous(
+    topology: &Topology,
+    load: &Load<'_>,
+    previous: &Placement,
+) -> Result<()> {
     let other = previous.topology();
     let same_slots = other.num_gpus() == topology.num_gpus()
         && (0..other.num_gpus()).all(|gpu| other.slots_of(gpu) == topology.slots_of(gpu));

@@ -189,6 +189,11 @@ impl Planner {
         self.num_threads
     }
 
+    /// The threads it owns, if it computes on more than the caller's.
+    pub(crate) fn pool(&self) -> Option<&ThreadPool> {
+        self.threads.as_ref()
+    }
+
     /// The same planner with a budget for the search of [`Policy::Balanced`].
     #[must_use]
     pub fn with_budget(self, budget: Budget) -> Self {

@@ -10,10 +10,11 @@ mod graph;
 use crate::error::{Code, Error, Result};
 use crate::load::Load;
 use crate::placement::Placement;
-use flow::Flow;
 use graph::{Graphs, SharedSlot};
 
 pub use entries::{MAX_WIDTH, entries, entries_into, quotas_into};
+pub(crate) use flow::Flow;
+pub(crate) use graph::LayerGraph;
 
 /// The most tokens a layer may have in all: sums stay exact as `f64`.
 pub const MAX_TOKENS: i64 = 1 << 53;

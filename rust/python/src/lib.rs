@@ -7,9 +7,11 @@
 mod arguments;
 mod buffers;
 mod errors;
+mod forecast;
 mod placement;
 mod planner;
 mod realtime;
+mod scenario;
 mod schedule;
 mod schedule_choice;
 mod schedule_errors;
@@ -21,11 +23,15 @@ mod transfers;
 #[pyo3::pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
+    use crate::forecast::{Forecaster, total_variation};
+    #[pymodule_export]
     use crate::placement::{Placement, bounds, tight_lower_bound};
     #[pymodule_export]
     use crate::planner::{Planner, check_groups};
     #[pymodule_export]
     use crate::realtime::StepPlanner;
+    #[pymodule_export]
+    use crate::scenario::{outlook_scenarios, plan_linked, plan_scenarios, windows_since_shift};
     #[pymodule_export]
     use crate::schedule::{Schedule, schedule_methods};
     #[pymodule_export]

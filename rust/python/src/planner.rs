@@ -303,6 +303,11 @@ impl Planner {
 }
 
 impl Planner {
+    /// The planner itself.
+    pub(crate) fn inner(&self) -> &eplb::Planner {
+        &self.planner
+    }
+
     /// Runs `work` on a load, with or without the interpreter, and keeps the time.
     fn run<T: Send>(
         &self,

@@ -29,6 +29,7 @@ pub(crate) use counts::share;
 pub use fuel::Budget;
 pub(crate) use fuel::Fuel;
 pub(crate) use groups::Assignment;
+pub(crate) use random::Random;
 pub(crate) use ranks::WHOLE;
 
 use crate::error::{Code, Error, Result, require_multiple};

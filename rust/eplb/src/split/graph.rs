@@ -4,7 +4,7 @@ use super::flow::{AtRank, Entry, Graph, Item};
 use crate::placement::Placement;
 
 /// The graphs of all layers, in flat arrays.
-#[derive(Debug, Clone)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct Graphs {
     num_ranks: usize,
     singles: Vec<u32>,
@@ -282,9 +282,69 @@ impl Graphs {
     }
 }
 
+/// The graph of one layer whose slots change.
+#[derive(Debug)]
+pub(crate) struct LayerGraph {
+    graphs: Graphs,
+    scratch: Scratch,
+}
+
+impl LayerGraph {
+    /// For a layer whose slots are on these ranks.
+    pub(crate) fn new(num_experts: usize, ranks: &[u32]) -> Self {
+        let num_ranks = ranks.last().map_or(0, |&rank| rank as usize + 1);
+        Self {
+            graphs: Graphs {
+                num_ranks,
+                ..Graphs::default()
+            },
+            scratch: Scratch {
+                item_of: vec![NONE; num_experts],
+                begins: Vec::new(),
+                ranks: ranks.to_vec(),
+                fill: Vec::new(),
+                component: vec![0; num_ranks],
+            },
+        }
+    }
+
+    /// Takes what the slots hold now, and how many of them each expert has.
+    pub(crate) fn take(&mut self, phy2log: &[i64], counts: &[i64]) {
+        let Graphs {
+            num_ranks: _,
+            singles,
+            single_ends,
+            items,
+            entries,
+            at_rank,
+            at_rank_ends,
+            component_ranks,
+            component_ends,
+            slots,
+            ends,
+        } = &mut self.graphs;
+        singles.clear();
+        single_ends.clear();
+        items.clear();
+        entries.clear();
+        at_rank.clear();
+        at_rank_ends.clear();
+        component_ranks.clear();
+        component_ends.clear();
+        slots.clear();
+        ends.clear();
+        self.graphs.add_layer(phy2log, counts, &mut self.scratch);
+    }
+
+    pub(crate) fn graph(&self) -> Graph<'_> {
+        self.graphs.layer(0)
+    }
+}
+
 const NONE: u32 = u32::MAX;
 
 /// What layers reuse while they are added.
+#[derive(Debug)]
 struct Scratch {
     /// The item of each expert, or `NONE`.
     item_of: Vec<u32>,
