@@ -1,4 +1,4 @@
-"""What is raised when a schedule cannot be made, read, proved or simulated.
+"""What is raised when a schedule cannot be made or proved, or a step cannot be run.
 
 Every exception names the argument at fault, shows what it got, says what it wanted and how to
 mend it. The parts are attributes, for programs that react to them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["DeadlockError", "ScheduleError"]
+__all__ = ["DeadlockError", "MismatchError", "PeerLostError", "PipelineError", "ScheduleError"]
 
 
 class ScheduleError(ValueError):
@@ -67,5 +67,60 @@ class DeadlockError(ScheduleError):
     """A schedule whose ranks would wait for one another for ever."""
 
 
-def _rebuild(kind: type[ScheduleError], parts: dict[str, Any]) -> ScheduleError:
+class PipelineError(RuntimeError):
+    """A step, or the set-up of an executor, that was refused or broke off.
+
+    Attributes:
+        code: The kind of fault, in snake case.
+        argument: The name of the argument at fault; empty where it is none.
+        got: What was given or met, as text.
+        expected: What would have been taken, as text.
+        hint: How to mend it, as text; may be empty.
+        rank: The pipeline rank that raises.
+        instruction: What it was doing, as a word of the schedule's text.
+        peer: The pipeline rank at the other end.
+    """
+
+    def __init__(
+        self,
+        *,
+        code: str,
+        argument: str = "",
+        got: str,
+        expected: str,
+        hint: str = "",
+        rank: int | None = None,
+        instruction: str | None = None,
+        peer: int | None = None,
+    ) -> None:
+        self.code = code
+        self.argument = argument
+        self.got = got
+        self.expected = expected
+        self.hint = hint
+        self.rank = rank
+        self.instruction = instruction
+        self.peer = peer
+        places = [] if rank is None else [f"rank {rank}"]
+        places += [] if instruction is None else [f"instruction {instruction}"]
+        places += [] if peer is None else [f"peer {peer}"]
+        subject = f"`{argument}` ({got})" if argument else got
+        text = f"{', '.join(places)}{': ' if places else ''}{subject} must be {expected}"
+        super().__init__(f"{text}; {hint}" if hint else text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), dict(self.__dict__))
+
+
+class PeerLostError(PipelineError):
+    """A rank is gone, or did not answer within the limit."""
+
+
+class MismatchError(PipelineError):
+    """Ranks do not agree on what they are about to run."""
+
+
+def _rebuild(
+    kind: type[ScheduleError | PipelineError], parts: dict[str, Any]
+) -> ScheduleError | PipelineError:
     return kind(**parts)

@@ -1,0 +1,1 @@
+"""Runs the instruction streams of a :class:`~dualpipe.Schedule` on ``torch.distributed``."""

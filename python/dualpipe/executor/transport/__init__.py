@@ -1,0 +1,1 @@
+"""How messages move between ranks: one small class for each way."""
