@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
 __all__ = ["Branch", "Cut", "Joint", "cut"]
-
-# What PyTorch generates from its table of derivatives asks, edge by edge, what is wanted, and
-# can be run again while its graph is kept. Nothing is known of other nodes.
-_GENERATED = re.compile(r"\w+Backward\d+")
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 
@@ -82,7 +79,7 @@ class _Graph:
         while found:
             node = found.pop()
             edges[node] = children = node.next_functions
-            if isinstance(node, torch._C._FunctionBase):
+            if issubclass(type(node), torch._C._FunctionBase):
                 self.custom.append(node)
             for child, _ in children:
                 if child is None:
@@ -140,7 +137,7 @@ class _Graph:
         node = max(leaves, key=depth.__getitem__)
         while len(self.parents[node]) == 1 and len(self.edges[node]) <= 1:
             node = self.parents[node][0]
-        return min(_Graph([node]).leaves(), key=lambda leaf: leaf.variable.numel())
+        return min(_Graph([node]).leaves(), key=lambda leaf: _variable(leaf).numel())
 
 
 def cut(outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge]) -> Cut:
@@ -161,7 +158,7 @@ def cut(outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge]) -> Cut:
         first = graph.first_used()
         if first is None:
             return Cut([], [], [], [], None, False, custom)
-        prompt.append(first.variable)
+        prompt.append(_variable(first))
         path = graph.above([first])
 
     ends = [edge.node for edge in outputs]
@@ -173,7 +170,7 @@ def cut(outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge]) -> Cut:
         if start in branches:
             return branches[start]
         beside = graph.beside(start, path)
-        found = [node.variable for node in beside if isinstance(node, _ACCUMULATE)]
+        found = [_variable(node) for node in beside if isinstance(node, _ACCUMULATE)]
         why = _not_left(graph, beside, path, ends)
         branch = Branch(found) if found and why is None else None
         if found and why is not None:
@@ -205,23 +202,36 @@ def cut(outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge]) -> Cut:
     return Cut(joints, roots, prompt, alone, why or None, False, custom)
 
 
-def _not_left(
-    graph: _Graph, beside: set[Node], path: set[Node], ends: list[Node]
-) -> str | None:
+def _not_left(graph: _Graph, beside: set[Node], path: set[Node], ends: list[Node]) -> str | None:
     """Why a branch is not left to the weight part."""
     for node in beside:
         above = graph.parents[node]
-        joints = [parent for parent in above if parent in path]
-        for joint in joints:
-            if not _GENERATED.fullmatch(type(joint).__name__) or isinstance(
-                joint, torch._C._FunctionBase
-            ):
-                return f"{_name(joint)} can be run only once"
+        num_joints = 0
+        for parent in above:
+            if parent in path:
+                num_joints += 1
+                if not _can_run_again(type(parent)):
+                    return f"{_name(parent)} can be run only once"
         # The whole backward adds in the order in which it runs nodes, the weight part joints
         # first. For two summands that is the same.
-        if joints and len(joints) < len(above) and len(above) + ends.count(node) > 2:
+        if 0 < num_joints < len(above) and len(above) + ends.count(node) > 2:
             return "a sum with terms of both parts would be added in another order"
     return None
+
+
+@cache
+def _can_run_again(kind: type) -> bool:
+    """Whether nodes of a type compute the edges that are wanted, and may be called twice.
+
+    So do those that PyTorch generates from its table of derivatives; of others nothing is known.
+    """
+    generated = re.fullmatch(r"\w+Backward\d+", kind.__name__) is not None
+    return generated and not issubclass(kind, torch._C._FunctionBase)
+
+
+def _variable(leaf: Node) -> torch.Tensor:
+    variable: torch.Tensor = leaf.variable  # type: ignore[attr-defined]
+    return variable
 
 
 def _name(node: Node) -> str:
