@@ -50,6 +50,10 @@ class Envelope(NamedTuple):
     specs: tuple[TensorSpec, ...]
     outgoing: bool
     """Whether this rank sends it."""
+    posted: int = -1
+    """Of an incoming one: which instruction of the rank's stream posts its receive."""
+    released: int = -1
+    """Of an incoming one: the instruction after which :meth:`Arrival.release` has been called."""
 
 
 class Arrival(ABC):
@@ -63,7 +67,7 @@ class Arrival(ABC):
         current stream waits and the host does not.
         """
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027 - fresh buffers need no return
         """Says that all work that uses the tensors has been started.
 
         The buffers may be used for another message after it. Called at most once.

@@ -1,0 +1,480 @@
+"""Runs any schedule on the ranks of a process group.
+
+Letters: P ranks, S stages, C copies of every stage, M micro-batches of all copies together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dualpipe.errors import PipelineError
+from dualpipe.executor.agreement import Agreement
+from dualpipe.executor.boundary import given_boundaries
+from dualpipe.executor.copies import Copies
+from dualpipe.executor.microbatches import merge, signature
+from dualpipe.executor.pair import Streams, has_hook
+from dualpipe.executor.plan import Batch, Plan, find_boundaries
+from dualpipe.executor.stage import Settings, Stage
+from dualpipe.executor.stream import Stream
+from dualpipe.executor.transport import make_transport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from types import TracebackType
+
+    from torch import nn
+
+    from dualpipe.executor.boundary import Boundary
+    from dualpipe.executor.transport.base import TensorSpec, Transport
+    from dualpipe.schedule import Schedule
+
+__all__ = ["PipelineExecutor", "StepResult"]
+
+
+class StepResult(NamedTuple):
+    """What a step gives to a rank."""
+
+    losses: torch.Tensor | None
+    """The losses of the micro-batches whose last stage is on this rank, in their order, `[M]` or
+    a copy's part of it, free of the graph; None without a criterion or a last stage."""
+    outputs: torch.Tensor | tuple[torch.Tensor | None, ...] | None
+    """Their outputs, put together along the batch dimension; a tuple if the stage returns one."""
+
+
+class PipelineExecutor:
+    """Runs the instruction streams of a schedule: one training or inference step at a time.
+
+    Every rank of the group makes one, at the same time, with the same schedule.
+
+    Args:
+        stages: This rank's modules: a mapping from stage to module (from stage and copy, where
+            the schedule has copies), or the modules in the order of copy, then stage. The group's
+            rank r is pipeline rank ``ranks[r]``.
+        schedule: Who computes what when. Without transfers they are placed first.
+        group: P ranks; by default the default group. Messages go through groups of its members
+            that the executor makes for itself.
+        ranks: The pipeline rank of each rank of the group, `[P]`; by default the same.
+        batch_dim: Along which dimension inputs, labels and outputs are batches.
+        boundaries: What crosses from stage to stage for one micro-batch: a list of
+            :class:`TensorSpec` for all boundaries, or a list of those for each. By default it is
+            found by a dry forward, once for every combination of input shapes.
+        gradients: ``"sum"`` of the micro-batches' gradients, as published, or their ``"mean"``.
+        reduce_copies: Sum the gradients of a stage's copies, once per optimizer step, and check
+            before the first that the copies are equal.
+        transport: ``"auto"``, ``"gloo"``, or a transport that is made already.
+        device: Where inputs of stages live; by default where the first parameter does.
+        limit_s: How long a wait for another rank may last.
+        seed: Seed every forward by this, the step, stage and micro-batch
+            (:func:`~dualpipe.executor.seed_of`), so that dropout does not depend on the schedule.
+
+    Raises:
+        PipelineError: ``no_group``, ``group_size``, ``ranks``, ``stages``, ``gradients``,
+            ``transport``.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[Any, nn.Module] | Sequence[nn.Module],
+        schedule: Schedule,
+        group: dist.ProcessGroup | None = None,
+        *,
+        ranks: Sequence[int] | None = None,
+        batch_dim: int = 0,
+        boundaries: Sequence[TensorSpec] | Sequence[Sequence[TensorSpec]] | None = None,
+        gradients: str = "sum",
+        reduce_copies: bool = True,
+        transport: str | Transport = "auto",
+        device: torch.device | None = None,
+        limit_s: float = 300.0,
+        seed: int | None = None,
+    ) -> None:
+        self.group = _group(group)
+        self.schedule = schedule
+        self.batch_dim = batch_dim
+        self.boundaries = boundaries
+        self.seed = seed
+        self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
+        self._group_ranks = _inverse(ranks, schedule.num_ranks, self.group.size())
+        self.rank = self._group_ranks.index(self.group.rank())
+        self.stages = _held(stages, schedule, self.rank)
+        self.device = device or _device_of(stage.module for stage in self.stages.values())
+        self._agreement = Agreement(self.group, limit_s)
+        self.transport = make_transport(transport, self.group, self.device, limit_s)
+        self._copies = self._make_copies(limit_s) if reduce_copies else None
+        self._compared = False
+        self._streams = Streams()
+        self._plans: dict[Any, Plan] = {}
+        self._digests: dict[int, tuple[Schedule, str]] = {}
+        self._broken: BaseException | None = None
+        self.num_steps = 0
+        """Steps that were started."""
+
+    def step(
+        self,
+        *inputs: Any,
+        labels: Sequence[Any] = (),
+        criterion: Callable[..., torch.Tensor] | None = None,
+        kwargs: Mapping[Any, Any] | None = None,
+        return_outputs: bool = False,
+        accumulate: bool = False,
+        schedule: Schedule | None = None,
+    ) -> StepResult:
+        """One step, on all ranks at the same time; under ``torch.no_grad()`` forwards only.
+
+        Tensors are cut into micro-batches along ``batch_dim``, as even as can be, the longer ones
+        first; :class:`~dualpipe.executor.MicroBatches` are taken as they are. Gradients are added
+        to those that parameters have.
+
+        Args:
+            inputs: Of the micro-batches whose first stage is on this rank; of all copies in a row
+                if it is for several. Inputs that need a gradient get it at the end of the step.
+            labels: Of the micro-batches whose last stage is on this rank.
+            criterion: ``criterion(*outputs, *labels)`` gives the loss of a micro-batch, one
+                element. Needed where there is a last stage, in training.
+            kwargs: Keyword arguments of this rank's stages: one mapping for all of them, or a
+                mapping for each by stage, or by stage and copy.
+            return_outputs: Return the outputs of the last stage as well.
+            accumulate: Other steps follow before the optimizer's: leave the gradients of copies
+                alone until the last.
+            schedule: Another schedule with the same placement for this step.
+
+        Raises:
+            PipelineError: On every rank, before anything is sent, where an argument cannot be;
+                ``boundary`` where a stage returns other shapes than those agreed on.
+            MismatchError: Ranks do not agree on the schedule, mode or boundaries.
+            PeerLostError: A rank is gone.
+        """
+        if self._broken is not None:
+            raise PipelineError(
+                code="broken",
+                argument="executor",
+                got="its last step broke off",
+                expected="one whose steps have ended",
+                hint="close it and make a new one",
+            ) from self._broken
+        training = torch.is_grad_enabled()
+        schedule = self.schedule if schedule is None else schedule
+        reducing = training and not accumulate and self._copies is not None
+        plan, batch = self._agree(
+            schedule, inputs, labels, criterion, kwargs or {}, training, reducing
+        )
+        settings = Settings(
+            training=training,
+            criterion=criterion,
+            loss_scale=1 / schedule.num_micro_batches if self._mean else 1.0,
+            return_outputs=return_outputs,
+            seed=None if self.seed is None else (self.seed, self.num_steps),
+        )
+        self.num_steps += 1
+        try:
+            for (_, copy), stage in self.stages.items():
+                first_micro_batch = sum(schedule.micro_batches[:copy])
+                stage.begin(settings, plan.flights(stage, batch), first_micro_batch)
+            if training and self._copies is not None:
+                self._copies.begin()
+            self._run(self._stream(plan, training, reducing))
+            return self._result(batch, settings)
+        except BaseException as error:
+            self._broken = error
+            raise
+        finally:
+            for stage in self.stages.values():
+                stage.reset()
+
+    def close(self, *, drop: bool = False) -> None:
+        """Ends the executor and its groups; the group it was given is left alone.
+
+        Args:
+            drop: Do not wait for anything: a rank is gone.
+        """
+        for stage in self.stages.values():
+            stage.reset()
+        if self._copies is not None:
+            self._copies.close()
+        self.transport.close(drop=drop)
+        self._agreement.close(drop=drop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(drop=error is not None)
+
+    # The parts of a step
+
+    def _agree(
+        self,
+        schedule: Schedule,
+        inputs: Sequence[Any],
+        labels: Sequence[Any],
+        criterion: Callable[..., torch.Tensor] | None,
+        kwargs: Mapping[Any, Any],
+        training: bool,
+        reducing: bool,
+    ) -> tuple[Plan, Batch]:
+        """The plan that all ranks have agreed on, and this rank's micro-batches."""
+        batch = None
+        own: Any
+        try:
+            self._check(schedule, criterion, training)
+            batch = Batch(
+                self.stages,
+                schedule.micro_batches,
+                self.batch_dim,
+                inputs=inputs,
+                labels=labels,
+                kwargs=kwargs,
+            )
+            own = signature(inputs), signature(kwargs)
+        except PipelineError as error:
+            own = error
+        equal = {
+            "num_micro_batches": schedule.num_micro_batches,
+            "schedule": self._digest(schedule),
+            "training": training,
+            "boundaries": repr(self.boundaries),
+            "reducing": reducing,
+            "autocast": _autocast(self.device),
+            "gradients": "mean" if self._mean else "sum",
+        }
+        every = self._agreement.exchange(equal, own)
+        assert batch is not None
+        key = (*equal.values(), *every)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._make_plan(schedule, batch, training)
+        if reducing and not self._compared:
+            assert self._copies is not None
+            self._copies.check_equal()
+            self._compared = True
+        return plan, batch
+
+    def _check(
+        self, schedule: Schedule, criterion: Callable[..., Any] | None, training: bool
+    ) -> None:
+        if schedule is not self.schedule and not np.array_equal(
+            schedule.placement, self.schedule.placement
+        ):
+            raise PipelineError(
+                code="placement",
+                argument="schedule",
+                got=repr(schedule),
+                expected=f"one with the placement of {self.schedule!r}",
+            )
+        if not training:
+            return
+        if not schedule.has_backward:
+            raise PipelineError(
+                code="no_backward",
+                argument="schedule",
+                got=repr(schedule),
+                expected="one with backwards",
+                hint="it is for steps under torch.no_grad()",
+            )
+        if criterion is None and any(stage.is_last for stage in self.stages.values()):
+            raise PipelineError(
+                code="criterion",
+                argument="criterion",
+                got="None",
+                expected="a loss function, since the last stage is on this rank",
+            )
+
+    def _make_plan(self, schedule: Schedule, batch: Batch, training: bool) -> Plan:
+        if not training and schedule.has_backward:
+            schedule = schedule.forward_only()
+        if not schedule.has_transfers:
+            schedule = schedule.place_transfers()
+        boundaries: Mapping[tuple[int, int], Sequence[Boundary]]
+        crosses = any(len(set(row)) > 1 for row in schedule.placement.tolist())
+        if self.boundaries is not None or not crosses:
+            given = given_boundaries(self.boundaries or [], schedule.num_stages, training=training)
+            boundaries = {
+                (copy, m): given
+                for copy, count in enumerate(schedule.micro_batches)
+                for m in range(count)
+            }
+        else:
+            boundaries = find_boundaries(
+                self.stages,
+                schedule.placement.tolist(),
+                batch,
+                self._exchange,
+                self.device,
+                training=training,
+            )
+        return Plan(schedule, boundaries)
+
+    def _exchange(self, own: Any) -> list[Any]:
+        """What every pipeline rank gave, in their order."""
+        every = self._agreement.exchange({}, own)
+        return [every[rank] for rank in self._group_ranks]
+
+    def _stream(self, plan: Plan, training: bool, reducing: bool) -> Stream:
+        stream = plan.streams.get(reducing)
+        if stream is None:
+            for stage in self.stages.values():
+                others = self.stages.values()
+                stage.keeps_outputs = any(has_hook(other, stage) for other in others)
+            placement = plan.schedule.placement
+            peers = {
+                (stage, copy): self._group_ranks[placement[copy, stage]]
+                for copy in range(plan.schedule.num_copies)
+                for stage in range(plan.schedule.num_stages)
+            }
+            stream = plan.streams[reducing] = Stream(
+                plan.schedule.instructions(self.rank),
+                self.stages,
+                peers,
+                self.transport,
+                self._copies if reducing else None,
+                self._streams,
+            )
+            if len(plan.streams) == 1:
+                self.transport.prepare(stream.envelopes(training=training))
+        return stream
+
+    def _run(self, stream: Stream) -> None:
+        stream.run()
+        if self._copies is not None:
+            self._copies.finish()
+        if self.device.type == "cuda":
+            # Not synchronize: what is lost while the streams run must be found.
+            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            end.record()
+            while not end.query():  # type: ignore[no-untyped-call]
+                self.transport.poll()
+                time.sleep(5e-5)
+
+    def _result(self, batch: Batch, settings: Settings) -> StepResult:
+        last = [stage for stage in self.stages.values() if stage.is_last]
+        losses = [loss.detach() for s in last for loss in s.losses if loss is not None]
+        results = [result for stage in last for result in stage.results]
+        if settings.training:
+            first = (stage for stage in self.stages.values() if stage.is_first)
+            batch.give_back([grad for s in first for grads in s.given_grads for grad in grads])
+        return StepResult(
+            torch.stack(losses) if losses else None,
+            merge(results, self.batch_dim) if last and settings.return_outputs else None,
+        )
+
+    def _make_copies(self, limit_s: float) -> Copies | None:
+        if self.schedule.num_copies == 1:
+            return None
+        placement = self.schedule.placement.tolist()
+        ranks = dist.get_process_group_ranks(self.group)
+        return Copies(
+            {stage.index: stage.module for stage in self.stages.values()},
+            {
+                index: tuple(ranks[self._group_ranks[row[index]]] for row in placement)
+                for index, _ in self.stages
+            },
+            limit_s,
+        )
+
+    def _digest(self, schedule: Schedule) -> str:
+        """The schedule in one line: what it is, and a hash of all of it."""
+        known = self._digests.get(id(schedule))
+        if known is None or known[0] is not schedule:
+            content = hashlib.blake2b(schedule.text().encode(), digest_size=8).hexdigest()
+            known = self._digests[id(schedule)] = schedule, f"{schedule!r} {content}"
+        return known[1]
+
+
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if group is None and not dist.is_initialized():
+        raise PipelineError(
+            code="no_group",
+            argument="group",
+            got="None",
+            expected="a process group",
+            hint="call torch.distributed.init_process_group first",
+        )
+    if group is None:
+        group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _inverse(ranks: Sequence[int] | None, num_ranks: int, group_size: int) -> list[int]:
+    """The group's rank of every pipeline rank."""
+    if group_size != num_ranks:
+        raise PipelineError(
+            code="group_size",
+            argument="group",
+            got=f"{group_size} ranks",
+            expected=f"{num_ranks}, as the schedule has",
+        )
+    given = list(range(num_ranks)) if ranks is None else list(ranks)
+    if sorted(given) != list(range(num_ranks)):
+        raise PipelineError(
+            code="ranks",
+            argument="ranks",
+            got=repr(given),
+            expected=f"every pipeline rank from 0 to {num_ranks - 1} once",
+        )
+    return [given.index(rank) for rank in range(num_ranks)]
+
+
+def _held(
+    given: Mapping[Any, nn.Module] | Sequence[nn.Module], schedule: Schedule, rank: int
+) -> dict[tuple[int, int], Stage]:
+    """The rank's stages, in the order of copy, then stage."""
+    placement = schedule.placement.tolist()
+    places = [
+        (stage, copy)
+        for copy, row in enumerate(placement)
+        for stage, holder in enumerate(row)
+        if holder == rank
+    ]
+    if isinstance(given, Mapping):
+        modules = {key if isinstance(key, tuple) else (key, 0): m for key, m in given.items()}
+    else:
+        modules = dict(zip(places, given, strict=False)) if len(given) == len(places) else {}
+    if sorted(modules) != sorted(places):
+        raise PipelineError(
+            code="stages",
+            argument="stages",
+            got=f"modules for {sorted(modules)}" if modules else f"{len(given)} modules",
+            expected=f"one for each stage and copy on pipeline rank {rank}: {places}",
+        )
+    stages = {
+        (stage, copy): Stage(modules[stage, copy], stage, copy, schedule.num_stages)
+        for stage, copy in places
+    }
+    for (index, copy), stage in stages.items():
+        stage.previous = stages.get((index - 1, copy))
+        stage.next = stages.get((index + 1, copy))
+    return stages
+
+
+def _device_of(modules: Iterable[nn.Module]) -> torch.device:
+    for module in modules:
+        for parameter in module.parameters():
+            return parameter.device
+    return torch.device("cpu")
+
+
+def _autocast(device: torch.device) -> str | None:
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return str(torch.get_autocast_dtype(device.type))
+
+
+def _one_of(argument: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise PipelineError(
+            code=argument, argument=argument, got=repr(value), expected=" or ".join(known)
+        )
+    return value
