@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from dualpipe.errors import MismatchError, PipelineError
+from dualpipe.executor.groups import make_group
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -45,11 +45,7 @@ class Copies:
         for stage in sorted(modules):
             ranks = tuple(sorted(holders[stage]))
             if ranks not in made:
-                made[ranks] = dist.new_group(
-                    list(ranks),
-                    timeout=timedelta(seconds=limit_s),
-                    use_local_synchronization=True,
-                )
+                made[ranks] = make_group(ranks, limit_s)
         self._made = list(made.values())
         self._groups = {stage: made[tuple(sorted(holders[stage]))] for stage in modules}
         self._holders = holders
@@ -191,7 +187,7 @@ class _Reduction:
         for work in self._works:
             work.wait()
         for flat, grads in self._gathered:
-            parts = flat.split([grad.numel() for grad in grads])
+            parts = torch.split(flat, [grad.numel() for grad in grads])
             for grad, part in zip(grads, parts, strict=True):
                 grad.copy_(part.view_as(grad))
         if self.parameters:
@@ -206,8 +202,8 @@ def _state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from module.named_buffers()
 
 
-def _chunks(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).split(_CHUNK_BYTES)
+def _chunks(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    return torch.split(tensor.detach().contiguous().reshape(-1).view(torch.uint8), _CHUNK_BYTES)
 
 
 def _same_bytes(tensor: torch.Tensor, source: int, group: dist.ProcessGroup) -> bool:

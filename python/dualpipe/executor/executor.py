@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from dualpipe.errors import PipelineError
 from dualpipe.executor.agreement import Agreement
 from dualpipe.executor.boundary import given_boundaries
 from dualpipe.executor.copies import Copies
+from dualpipe.executor.groups import given_group
 from dualpipe.executor.microbatches import merge, signature
 from dualpipe.executor.pair import Streams, has_hook
 from dualpipe.executor.plan import Batch, Plan, find_boundaries
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from dualpipe.schedule import Schedule
 
 __all__ = ["PipelineExecutor", "StepResult"]
+
+
+_MAX_PLANS = 64
+"""Plans are kept for so many combinations of shapes."""
 
 
 class StepResult(NamedTuple):
@@ -95,7 +100,7 @@ class PipelineExecutor:
         limit_s: float = 300.0,
         seed: int | None = None,
     ) -> None:
-        self.group = _group(group)
+        self.group = given_group(group)
         self.schedule = schedule
         self.batch_dim = batch_dim
         self.boundaries = boundaries
@@ -111,6 +116,7 @@ class PipelineExecutor:
         self._compared = False
         self._streams = Streams()
         self._plans: dict[Any, Plan] = {}
+        self._prepared: Plan | None = None
         self._digests: dict[int, tuple[Schedule, str]] = {}
         self._broken: BaseException | None = None
         self.num_steps = 0
@@ -212,6 +218,16 @@ class PipelineExecutor:
     ) -> None:
         self.close(drop=error is not None)
 
+    def refuse(self, error: Exception) -> NoReturn:
+        """Takes part in a step by refusing it, so that no other rank waits for this one.
+
+        Raises:
+            Exception: The one given; on the other ranks, whose :meth:`step` it refuses, a
+                :class:`PipelineError` that says so.
+        """
+        self._agreement.exchange({}, error)
+        raise error
+
     # The parts of a step
 
     def _agree(
@@ -254,6 +270,8 @@ class PipelineExecutor:
         key = (*equal.values(), *every)
         plan = self._plans.get(key)
         if plan is None:
+            if len(self._plans) >= _MAX_PLANS:
+                del self._plans[next(iter(self._plans))]
             plan = self._plans[key] = self._make_plan(schedule, batch, training)
         if reducing and not self._compared:
             assert self._copies is not None
@@ -341,8 +359,10 @@ class PipelineExecutor:
                 self._copies if reducing else None,
                 self._streams,
             )
-            if len(plan.streams) == 1:
-                self.transport.prepare(stream.envelopes(training=training))
+        if plan is not self._prepared:
+            self._prepared = None
+            self.transport.prepare(stream.envelopes(training=training))
+            self._prepared = plan
         return stream
 
     def _run(self, stream: Stream) -> None:
@@ -390,21 +410,6 @@ class PipelineExecutor:
             content = hashlib.blake2b(schedule.text().encode(), digest_size=8).hexdigest()
             known = self._digests[id(schedule)] = schedule, f"{schedule!r} {content}"
         return known[1]
-
-
-def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    if group is None and not dist.is_initialized():
-        raise PipelineError(
-            code="no_group",
-            argument="group",
-            got="None",
-            expected="a process group",
-            hint="call torch.distributed.init_process_group first",
-        )
-    if group is None:
-        group = dist.group.WORLD
-    assert group is not None
-    return group
 
 
 def _inverse(ranks: Sequence[int] | None, num_ranks: int, group_size: int) -> list[int]:

@@ -252,7 +252,7 @@ class Stage:
         flight: Flight,
         m: int,
         outputs: tuple[torch.Tensor | None, ...],
-        loss: torch.Tensor | None,
+        loss: Any,
     ) -> None:
         settings = self.settings
         if settings.criterion is not None:

@@ -38,6 +38,8 @@ _TRANSFER = {
     Kind.SEND_B: ("send_backward", Kind.B, -1),
     Kind.RECV_B: ("receive_backward", Kind.B, +1),
 }
+# What stands between a pair and the weight part that its hook has left alone.
+_BETWEEN = {Kind.OVERLAP_B, Kind.SEND_F, Kind.SEND_B}
 
 
 class Stream:
@@ -77,7 +79,7 @@ class Stream:
         early: Instruction | None = None
         for index, instruction in enumerate(instructions):
             kind, stage, m, copy = instruction
-            if rest is not None and kind not in {Kind.SEND_F, Kind.SEND_B}:
+            if rest is not None and kind not in _BETWEEN:
                 self._append(*rest)
                 rest = None
             if kind == Kind.OVERLAP_F:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe.errors import PeerLostError, PipelineError
+from dualpipe.executor.groups import make_group
 from dualpipe.executor.pool import Pool
 from dualpipe.executor.transport.base import Arrival, Departure, Transport
 
@@ -77,12 +78,7 @@ class GlooTransport(Transport):
                 expected='"nccl" or "push" there',
             )
         self._limit = timedelta(seconds=limit_s)
-        self._channel: dist.ProcessGroup = dist.new_group(
-            dist.get_process_group_ranks(group),
-            backend="gloo",
-            timeout=self._limit,
-            use_local_synchronization=True,
-        )
+        self._channel = make_group(dist.get_process_group_ranks(group), limit_s, "gloo")
         self.pool = Pool(device)
 
     def prepare(self, envelopes: Sequence[Envelope]) -> None:

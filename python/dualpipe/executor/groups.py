@@ -1,0 +1,55 @@
+"""Process groups of the executor's own."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from dualpipe.errors import PipelineError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["given_group", "make_group"]
+
+
+def make_group(
+    ranks: Sequence[int], limit_s: float, backend: str | None = None
+) -> dist.ProcessGroup:
+    """A new group of these ranks of the default group, made by them alone.
+
+    Args:
+        ranks: Its members, this rank among them.
+        limit_s: How long a wait in it may last.
+        backend: By default the default group's.
+    """
+    group = dist.new_group(
+        list(ranks),
+        timeout=timedelta(seconds=limit_s),
+        backend=backend,
+        use_local_synchronization=True,
+    )
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def given_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group, or the default group for None.
+
+    Raises:
+        PipelineError: ``no_group`` where there is none.
+    """
+    if group is None and not dist.is_initialized():
+        raise PipelineError(
+            code="no_group",
+            argument="group",
+            got="None",
+            expected="a process group",
+            hint="call torch.distributed.init_process_group first",
+        )
+    if group is None:
+        group = dist.group.WORLD
+    assert group is not None
+    return group
