@@ -175,7 +175,10 @@ class StepReport:
         rows.append(makespan)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
-            "  ".join(f"{c:{'<' if i < 2 else '>'}{w}}" for i, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip()
+            "  ".join(
+                f"{c:{'<' if i < 2 else '>'}{w}}"
+                for i, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
             for row in rows
         ]
         return "\n".join([*lines, *self.notes])
