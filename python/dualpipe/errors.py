@@ -78,7 +78,7 @@ class PipelineError(RuntimeError):
         hint: How to mend it, as text; may be empty.
         rank: The pipeline rank that raises.
         instruction: What it was doing, as a word of the schedule's text.
-        peer: The pipeline rank at the other end.
+        peer: The pipeline rank at fault, or at the other end.
     """
 
     def __init__(
@@ -101,19 +101,49 @@ class PipelineError(RuntimeError):
         self.rank = rank
         self.instruction = instruction
         self.peer = peer
-        places = [] if rank is None else [f"rank {rank}"]
-        places += [] if instruction is None else [f"instruction {instruction}"]
-        places += [] if peer is None else [f"peer {peer}"]
-        subject = f"`{argument}` ({got})" if argument else got
-        text = f"{', '.join(places)}{': ' if places else ''}{subject} must be {expected}"
-        super().__init__(f"{text}; {hint}" if hint else text)
+        super().__init__(self._text())
+
+    def _text(self) -> str:
+        places = [] if self.rank is None else [f"rank {self.rank}"]
+        places += [] if self.instruction is None else [f"instruction {self.instruction}"]
+        places += [] if self.peer is None else [f"peer {self.peer}"]
+        start = f"{', '.join(places)}: " if places else ""
+        if self.argument:
+            text = f"{start}`{self.argument}` ({self.got}) must be {self.expected}"
+        else:
+            text = f"{start}{self.got}; expected {self.expected}"
+        return f"{text}; {self.hint}" if self.hint else text
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), dict(self.__dict__))
+        parts = {name: value for name, value in self.__dict__.items() if name != "__notes__"}
+        return _rebuild, (type(self), parts)
 
 
 class PeerLostError(PipelineError):
-    """A rank is gone, or did not answer within the limit."""
+    """A rank is gone, has failed, or did not answer within the limit.
+
+    All ranks that raise it for the same step name the same ranks, if they share a store.
+
+    Attributes:
+        code: ``"lost"``: a process that is gone or stopped; ``"failed"``: a rank whose step
+            raised; ``"limit"``: a rank that lives, but was waited for too long; ``"closed"``: a
+            connection that broke between ranks that live, or, without a store, anything;
+            ``"expelled"``: this rank itself was taken for lost by the others.
+        peer: The first of the ranks at fault.
+        lost: All of them, pipeline ranks.
+        notes: What every rank that answered was doing, by pipeline rank.
+    """
+
+    def __init__(
+        self, *, lost: tuple[int, ...] = (), notes: dict[int, str] | None = None, **parts: Any
+    ) -> None:
+        self.lost = lost
+        self.notes = notes or {}
+        super().__init__(**parts)
+
+    def _text(self) -> str:
+        notes = "".join(f"\n  rank {rank} {note}" for rank, note in sorted(self.notes.items()))
+        return super()._text() + notes
 
 
 class MismatchError(PipelineError):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe.errors import MismatchError, PipelineError
-from dualpipe.executor.groups import make_group
+from dualpipe.executor.groups import make_group, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +41,7 @@ class Copies:
         limit_s: float,
     ) -> None:
         self._modules = modules
+        self._limit_s = limit_s
         made: dict[tuple[int, ...], dist.ProcessGroup] = {}
         for stage in sorted(modules):
             ranks = tuple(sorted(holders[stage]))
@@ -70,8 +71,9 @@ class Copies:
 
         Cost: one broadcast of the stage within its copies.
         """
-        for stage in sorted(self._modules):
-            self._check_stage(stage)
+        with waiting(self._limit_s):
+            for stage in sorted(self._modules):
+                self._check_stage(stage)
 
     def _check_stage(self, stage: int) -> None:
         group = self._groups[stage]
@@ -116,18 +118,21 @@ class Copies:
 
     def wait(self, stage: int) -> None:
         """WAIT_REDUCE_GRAD: waits for it."""
-        for reduction in self._under_way.pop(stage):
+        for reduction in self._under_way[stage]:
             self._take(reduction)
+        del self._under_way[stage]
 
     def finish(self) -> None:
         """Ends a step: what is under way, and what is tied between stages."""
         for stage in sorted(self._under_way):
             self.wait(stage)
         for stage in sorted(self._tied):
-            self._take(_Reduction(self._tied[stage], self._groups[stage]))
+            self._under_way[stage] = [_Reduction(self._tied[stage], self._groups[stage])]
+            self.wait(stage)
 
     def _take(self, reduction: _Reduction) -> None:
-        reduction.wait()
+        with waiting(self._limit_s):
+            reduction.wait()
         for parameter in reduction.parameters[:1]:
             if parameter.grad is not None:
                 grad = parameter.grad
@@ -135,6 +140,9 @@ class Copies:
 
     def reset(self) -> None:
         """Drops what is under way."""
+        for reductions in self._under_way.values():
+            for reduction in reductions:
+                reduction.drop()
         self._under_way = {}
 
     def close(self) -> None:
@@ -142,6 +150,8 @@ class Copies:
         self.reset()
         for group in self._made:
             dist.destroy_process_group(group)
+        self._made = []
+        self._groups = {}
 
 
 class _Reduction:
@@ -183,9 +193,13 @@ class _Reduction:
         assert work is not None
         self._works.append(work)
 
+    def drop(self) -> None:
+        self._works = []
+
     def wait(self) -> None:
-        for work in self._works:
-            work.wait()
+        while self._works:
+            self._works[0].wait()
+            del self._works[0]
         for flat, grads in self._gathered:
             parts = torch.split(flat, [grad.numel() for grad in grads])
             for grad, part in zip(grads, parts, strict=True):

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import time
+import uuid
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, overload
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from dualpipe.errors import PipelineError
+from dualpipe.errors import MismatchError, PeerLostError, PipelineError, ScheduleError
 from dualpipe.executor.agreement import Agreement
 from dualpipe.executor.boundary import given_boundaries
 from dualpipe.executor.copies import Copies
@@ -25,12 +26,14 @@ from dualpipe.executor.plan import Batch, Plan, find_boundaries
 from dualpipe.executor.stage import Settings, Stage
 from dualpipe.executor.stream import Stream
 from dualpipe.executor.transport import make_transport
+from dualpipe.executor.watch import Doing, Watch, find_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from types import TracebackType
 
     from torch import nn
+    from torch.distributed.distributed_c10d import Store
 
     from dualpipe.executor.boundary import Boundary
     from dualpipe.executor.transport.base import TensorSpec, Transport
@@ -76,6 +79,8 @@ class PipelineExecutor:
         transport: ``"auto"``, ``"gloo"``, or a transport that is made already.
         device: Where inputs of stages live; by default where the first parameter does.
         limit_s: How long a wait for another rank may last.
+        store: Lives in no rank; through it ranks find out which of them is lost. By default
+            torchrun's, which lives in its agent; without one, errors name the neighbour alone.
         seed: Seed every forward by this, the step, stage and micro-batch
             (:func:`~dualpipe.executor.seed_of`), so that dropout does not depend on the schedule.
 
@@ -98,6 +103,7 @@ class PipelineExecutor:
         transport: str | Transport = "auto",
         device: torch.device | None = None,
         limit_s: float = 300.0,
+        store: Store | None = None,
         seed: int | None = None,
     ) -> None:
         self.group = given_group(group)
@@ -105,12 +111,15 @@ class PipelineExecutor:
         self.batch_dim = batch_dim
         self.boundaries = boundaries
         self.seed = seed
-        self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
-        self._group_ranks = _inverse(ranks, schedule.num_ranks, self.group.size())
-        self.rank = self._group_ranks.index(self.group.rank())
-        self.stages = _held(stages, schedule, self.rank)
-        self.device = device or _device_of(stage.module for stage in self.stages.values())
+        store = find_store(store)
         self._agreement = Agreement(self.group, limit_s)
+        kinds = {
+            "transport": transport if isinstance(transport, str) else type(transport).__name__,
+            "reduce_copies": reduce_copies,
+            "store": store is not None,
+        }
+        token = self._settle(stages, ranks, gradients, kinds)
+        self.device = device or _device_of(stage.module for stage in self.stages.values())
         self.transport = make_transport(transport, self.group, self.device, limit_s)
         self._copies = self._make_copies(limit_s) if reduce_copies else None
         self._compared = False
@@ -118,7 +127,10 @@ class PipelineExecutor:
         self._plans: dict[Any, Plan] = {}
         self._prepared: Plan | None = None
         self._digests: dict[int, tuple[Schedule, str]] = {}
+        self._running: Stream | None = None
         self._broken: BaseException | None = None
+        self._closed = False
+        self._watch = Watch(store, token, self.rank, schedule.num_ranks, limit_s, self._doing)
         self.num_steps = 0
         """Steps that were started."""
 
@@ -155,7 +167,8 @@ class PipelineExecutor:
             PipelineError: On every rank, before anything is sent, where an argument cannot be;
                 ``boundary`` where a stage returns other shapes than those agreed on.
             MismatchError: Ranks do not agree on the schedule, mode or boundaries.
-            PeerLostError: A rank is gone.
+            PeerLostError: A rank is gone, stopped, too late, or has raised. Every rank raises it,
+                at most ``limit_s`` and 2 s after; it names the ranks at fault.
         """
         if self._broken is not None:
             raise PipelineError(
@@ -168,29 +181,34 @@ class PipelineExecutor:
         training = torch.is_grad_enabled()
         schedule = self.schedule if schedule is None else schedule
         reducing = training and not accumulate and self._copies is not None
-        plan, batch = self._agree(
-            schedule, inputs, labels, criterion, kwargs or {}, training, reducing
-        )
-        settings = Settings(
-            training=training,
-            criterion=criterion,
-            loss_scale=1 / schedule.num_micro_batches if self._mean else 1.0,
-            return_outputs=return_outputs,
-            seed=None if self.seed is None else (self.seed, self.num_steps),
-        )
-        self.num_steps += 1
+        agreed = False
         try:
+            plan, batch = self._agree(
+                schedule, inputs, labels, criterion, kwargs or {}, training, reducing
+            )
+            agreed = True
+            settings = Settings(
+                training=training,
+                criterion=criterion,
+                loss_scale=1 / schedule.num_micro_batches if self._mean else 1.0,
+                return_outputs=return_outputs,
+                seed=None if self.seed is None else (self.seed, self.num_steps),
+            )
+            self.num_steps += 1
             for (_, copy), stage in self.stages.items():
                 first_micro_batch = sum(schedule.micro_batches[:copy])
                 stage.begin(settings, plan.flights(stage, batch), first_micro_batch)
-            if training and self._copies is not None:
-                self._copies.begin()
             self._run(self._stream(plan, training, reducing))
             return self._result(batch, settings)
+        except PeerLostError as error:
+            raise self._break_off(error) from error
         except BaseException as error:
-            self._broken = error
+            # What is refused before anything is sent is refused by every rank.
+            if agreed or not isinstance(error, (PipelineError, ScheduleError)):
+                self._break_off(error)
             raise
         finally:
+            self._running = None
             for stage in self.stages.values():
                 stage.reset()
 
@@ -200,12 +218,8 @@ class PipelineExecutor:
         Args:
             drop: Do not wait for anything: a rank is gone.
         """
-        for stage in self.stages.values():
-            stage.reset()
-        if self._copies is not None:
-            self._copies.close()
-        self.transport.close(drop=drop)
-        self._agreement.close(drop=drop)
+        self._watch.close()
+        self._close_groups(drop=drop)
 
     def __enter__(self) -> Self:
         return self
@@ -228,7 +242,66 @@ class PipelineExecutor:
         self._agreement.exchange({}, error)
         raise error
 
+    # When a step breaks off
+
+    def _doing(self) -> Doing:
+        """What this rank is at."""
+        stream, peer = self._running, self.transport.waiting_for
+        if stream is None:
+            return Doing(None)
+        rank = None if peer is None else self._group_ranks.index(peer)
+        return Doing(str(stream.instructions[stream.at]), rank)
+
+    @overload
+    def _break_off(self, error: PeerLostError) -> PeerLostError: ...
+    @overload
+    def _break_off(self, error: BaseException) -> BaseException: ...
+    def _break_off(self, error: BaseException) -> BaseException:
+        """Lets the other ranks know, and finds out from them who is lost."""
+        self._broken = error
+        doing = self._doing()
+        if isinstance(error, PeerLostError) and error.peer is not None:
+            doing = doing._replace(peer=self._group_ranks.index(error.peer))
+        self._watch.broke_off(error, doing)
+        self._close_groups(drop=True)
+        return self._watch.judge(error, doing) if isinstance(error, PeerLostError) else error
+
+    def _close_groups(self, *, drop: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for stage in self.stages.values():
+            stage.reset()
+        if self._copies is not None:
+            self._copies.close()
+        self.transport.close(drop=drop)
+        self._agreement.close()
+
     # The parts of a step
+
+    def _settle(
+        self,
+        stages: Mapping[Any, nn.Module] | Sequence[nn.Module],
+        ranks: Sequence[int] | None,
+        gradients: str,
+        kinds: Mapping[str, Any],
+    ) -> str:
+        """Takes what this rank was given, if no rank refuses; a name that all ranks share."""
+        own: Any = uuid.uuid4().hex
+        try:
+            self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
+            self._group_ranks = _inverse(ranks, self.schedule.num_ranks, self.group.size())
+            self.rank = self._group_ranks.index(self.group.rank())
+            self.stages = _held(stages, self.schedule, self.rank)
+        except PipelineError as error:
+            own = error
+        placement = self.schedule.placement.tolist()
+        try:
+            name: str = self._agreement.exchange({"placement": placement, **kinds}, own)[0]
+        except PipelineError:
+            self._agreement.close()
+            raise
+        return name
 
     def _agree(
         self,
@@ -254,6 +327,8 @@ class PipelineExecutor:
                 kwargs=kwargs,
             )
             own = signature(inputs), signature(kwargs)
+            if training and self._copies is not None:
+                self._copies.begin()
         except PipelineError as error:
             own = error
         equal = {
@@ -274,9 +349,7 @@ class PipelineExecutor:
                 del self._plans[next(iter(self._plans))]
             plan = self._plans[key] = self._make_plan(schedule, batch, training)
         if reducing and not self._compared:
-            assert self._copies is not None
-            self._copies.check_equal()
-            self._compared = True
+            self._compare_copies()
         return plan, batch
 
     def _check(
@@ -339,6 +412,17 @@ class PipelineExecutor:
         every = self._agreement.exchange({}, own)
         return [every[rank] for rank in self._group_ranks]
 
+    def _compare_copies(self) -> None:
+        """Refuses the step on every rank, where copies of any stage differ."""
+        assert self._copies is not None
+        own = None
+        try:
+            self._copies.check_equal()
+        except MismatchError as error:
+            own = error
+        self._agreement.exchange({}, own)
+        self._compared = True
+
     def _stream(self, plan: Plan, training: bool, reducing: bool) -> Stream:
         stream = plan.streams.get(reducing)
         if stream is None:
@@ -366,6 +450,7 @@ class PipelineExecutor:
         return stream
 
     def _run(self, stream: Stream) -> None:
+        self._running = stream
         stream.run()
         if self._copies is not None:
             self._copies.finish()
@@ -375,6 +460,7 @@ class PipelineExecutor:
             end.record()
             while not end.query():  # type: ignore[no-untyped-call]
                 self.transport.poll()
+                self._watch.poll()
                 time.sleep(5e-5)
 
     def _result(self, batch: Batch, settings: Settings) -> StepResult:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from dualpipe.errors import PipelineError
+from dualpipe.errors import PeerLostError, PipelineError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["given_group", "make_group"]
+__all__ = ["given_group", "make_group", "waiting"]
 
 
 def make_group(
@@ -53,3 +54,25 @@ def given_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         group = dist.group.WORLD
     assert group is not None
     return group
+
+
+@contextmanager
+def waiting(limit_s: float, peer: int | None = None) -> Iterator[None]:
+    """Around a wait in a group: a failure of it means that a rank is gone or late.
+
+    Raises:
+        PeerLostError: ``limit`` or ``closed``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, PipelineError):
+            raise
+        text = str(error).partition("\n")[0]
+        late = "timed out" in text.lower() or "timeout" in text.lower()
+        raise PeerLostError(
+            code="limit" if late else "closed",
+            got=text,
+            expected=f"an answer within {limit_s:g} s",
+            peer=peer,
+        ) from error

@@ -96,6 +96,9 @@ class Transport(ABC):
 
     name: str
 
+    waiting_for: int | None = None
+    """The peer that the host waits for just now."""
+
     def __init__(self, group: dist.ProcessGroup, device: torch.device, limit_s: float) -> None:
         self.group = group
         self.device = device

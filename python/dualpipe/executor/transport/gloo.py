@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from dualpipe.errors import PeerLostError, PipelineError
-from dualpipe.executor.groups import make_group
+from dualpipe.errors import PipelineError
+from dualpipe.executor.groups import make_group, waiting
 from dualpipe.executor.pool import Pool
 from dualpipe.executor.transport.base import Arrival, Departure, Transport
 
@@ -24,29 +25,35 @@ __all__ = ["GlooTransport"]
 class _Pending:
     """Works of one message."""
 
-    __slots__ = ("_limit", "_peer", "_tensors", "_works")
+    __slots__ = ("__weakref__", "_peer", "_tensors", "_transport", "_works")
 
     def __init__(
-        self, tensors: list[torch.Tensor], works: list[dist.Work], peer: int, limit: timedelta
+        self,
+        tensors: list[torch.Tensor],
+        works: list[dist.Work],
+        peer: int,
+        transport: GlooTransport,
     ) -> None:
         self._tensors = tensors
         self._works = works
         self._peer = peer
-        self._limit = limit
+        self._transport = transport
+        transport.under_way.add(self)
 
     def _wait(self) -> list[torch.Tensor]:
-        try:
-            for work in self._works:
-                work.wait(self._limit)
-        except RuntimeError as error:
-            raise PeerLostError(
-                code="lost",
-                got=str(error).partition("\n")[0],
-                expected=f"an answer within {self._limit.total_seconds():g} s",
-                peer=self._peer,
-            ) from error
-        tensors, self._works, self._tensors = self._tensors, [], []
+        transport = self._transport
+        transport.waiting_for = self._peer
+        with waiting(transport.limit_s, self._peer):
+            while self._works:
+                self._works[0].wait(transport.limit)
+                del self._works[0]
+        transport.waiting_for = None
+        tensors, self._tensors = self._tensors, []
         return tensors
+
+    def drop(self) -> None:
+        self._works = []
+        self._tensors = []
 
 
 class _GlooArrival(_Pending, Arrival):
@@ -77,7 +84,8 @@ class GlooTransport(Transport):
                 got=f"gloo for tensors on {device}",
                 expected='"nccl" or "push" there',
             )
-        self._limit = timedelta(seconds=limit_s)
+        self.limit = timedelta(seconds=limit_s)
+        self.under_way: weakref.WeakSet[_Pending] = weakref.WeakSet()
         self._channel = make_group(dist.get_process_group_ranks(group), limit_s, "gloo")
         self.pool = Pool(device)
 
@@ -88,12 +96,16 @@ class GlooTransport(Transport):
         tensors = [self.pool.take(spec) for spec in specs]
         # An empty message is none: both ends know its shape.
         works = [self._channel.recv([t], peer, 0) for t in tensors if t.numel()]
-        return _GlooArrival(tensors, works, peer, self._limit)
+        return _GlooArrival(tensors, works, peer, self)
 
     def send(self, peer: int, message: Message, tensors: Sequence[torch.Tensor]) -> Departure:
         held = [tensor.detach().contiguous() for tensor in tensors]
         works = [self._channel.send([t], peer, 0) for t in held if t.numel()]
-        return _GlooDeparture(held, works, peer, self._limit)
+        return _GlooDeparture(held, works, peer, self)
 
     def close(self, *, drop: bool = False) -> None:
+        # A group closes its connections, which wakes its peers, when no work holds it any more.
+        for pending in self.under_way:
+            pending.drop()
         dist.destroy_process_group(self._channel)
+        del self._channel
