@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, overload
 
 import numpy as np
@@ -22,14 +21,16 @@ from dualpipe.executor.copies import Copies
 from dualpipe.executor.groups import given_group
 from dualpipe.executor.microbatches import merge, signature
 from dualpipe.executor.pair import Streams, has_hook
+from dualpipe.executor.places import device_of, group_ranks, held_stages
 from dualpipe.executor.plan import Batch, Plan, find_boundaries
-from dualpipe.executor.stage import Settings, Stage
+from dualpipe.executor.seeds import unseeded
+from dualpipe.executor.stage import Settings
 from dualpipe.executor.stream import Stream
 from dualpipe.executor.transport import make_transport
 from dualpipe.executor.watch import Doing, Watch, find_store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
     from torch import nn
@@ -119,7 +120,7 @@ class PipelineExecutor:
             "store": store is not None,
         }
         token = self._settle(stages, ranks, gradients, kinds)
-        self.device = device or _device_of(stage.module for stage in self.stages.values())
+        self.device = device or device_of(stage.module for stage in self.stages.values())
         self.transport = make_transport(transport, self.group, self.device, limit_s)
         self._copies = self._make_copies(limit_s) if reduce_copies else None
         self._compared = False
@@ -198,7 +199,8 @@ class PipelineExecutor:
             for (_, copy), stage in self.stages.items():
                 first_micro_batch = sum(schedule.micro_batches[:copy])
                 stage.begin(settings, plan.flights(stage, batch), first_micro_batch)
-            self._run(self._stream(plan, training, reducing))
+            with unseeded(self.seed is not None, self.device):
+                self._run(self._stream(plan, training, reducing))
             return self._result(batch, settings)
         except PeerLostError as error:
             raise self._break_off(error) from error
@@ -290,9 +292,9 @@ class PipelineExecutor:
         own: Any = uuid.uuid4().hex
         try:
             self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
-            self._group_ranks = _inverse(ranks, self.schedule.num_ranks, self.group.size())
+            self._group_ranks = group_ranks(ranks, self.schedule.num_ranks, self.group.size())
             self.rank = self._group_ranks.index(self.group.rank())
-            self.stages = _held(stages, self.schedule, self.rank)
+            self.stages = held_stages(stages, self.schedule, self.rank)
         except PipelineError as error:
             own = error
         placement = self.schedule.placement.tolist()
@@ -496,65 +498,6 @@ class PipelineExecutor:
             content = hashlib.blake2b(schedule.text().encode(), digest_size=8).hexdigest()
             known = self._digests[id(schedule)] = schedule, f"{schedule!r} {content}"
         return known[1]
-
-
-def _inverse(ranks: Sequence[int] | None, num_ranks: int, group_size: int) -> list[int]:
-    """The group's rank of every pipeline rank."""
-    if group_size != num_ranks:
-        raise PipelineError(
-            code="group_size",
-            argument="group",
-            got=f"{group_size} ranks",
-            expected=f"{num_ranks}, as the schedule has",
-        )
-    given = list(range(num_ranks)) if ranks is None else list(ranks)
-    if sorted(given) != list(range(num_ranks)):
-        raise PipelineError(
-            code="ranks",
-            argument="ranks",
-            got=repr(given),
-            expected=f"every pipeline rank from 0 to {num_ranks - 1} once",
-        )
-    return [given.index(rank) for rank in range(num_ranks)]
-
-
-def _held(
-    given: Mapping[Any, nn.Module] | Sequence[nn.Module], schedule: Schedule, rank: int
-) -> dict[tuple[int, int], Stage]:
-    """The rank's stages, in the order of copy, then stage."""
-    placement = schedule.placement.tolist()
-    places = [
-        (stage, copy)
-        for copy, row in enumerate(placement)
-        for stage, holder in enumerate(row)
-        if holder == rank
-    ]
-    if isinstance(given, Mapping):
-        modules = {key if isinstance(key, tuple) else (key, 0): m for key, m in given.items()}
-    else:
-        modules = dict(zip(places, given, strict=False)) if len(given) == len(places) else {}
-    if sorted(modules) != sorted(places):
-        raise PipelineError(
-            code="stages",
-            argument="stages",
-            got=f"modules for {sorted(modules)}" if modules else f"{len(given)} modules",
-            expected=f"one for each stage and copy on pipeline rank {rank}: {places}",
-        )
-    stages = {
-        (stage, copy): Stage(modules[stage, copy], stage, copy, schedule.num_stages)
-        for stage, copy in places
-    }
-    for (index, copy), stage in stages.items():
-        stage.previous = stages.get((index - 1, copy))
-        stage.next = stages.get((index + 1, copy))
-    return stages
-
-
-def _device_of(modules: Iterable[nn.Module]) -> torch.device:
-    for module in modules:
-        for parameter in module.parameters():
-            return parameter.device
-    return torch.device("cpu")
 
 
 def _autocast(device: torch.device) -> str | None:

@@ -216,7 +216,7 @@ def _chain(
                 own = dry_forward(stage.module, inputs, kwargs, training=training)
             except PipelineError as error:
                 own = error
-            except Exception as error:  # noqa: BLE001 - whatever a user's module raises
+            except Exception as error:
                 cause = error
                 own = PipelineError(
                     code="dry_forward",

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-__all__ = ["seed_of"]
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["seed_of", "unseeded"]
 
 
 def seed_of(seed: int, step: int, stage: int, micro_batch: int) -> int:
@@ -22,3 +29,13 @@ def seed_of(seed: int, step: int, stage: int, micro_batch: int) -> int:
     """
     key = struct.pack("<4q", seed, step, stage, micro_batch)
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+@contextmanager
+def unseeded(seeded: bool, device: torch.device) -> Iterator[None]:
+    """Leaves the caller's random generators as they are, where what runs inside is seeded."""
+    if not seeded:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -75,20 +75,29 @@ class Stream:
         """Which instruction is being run."""
         self.instructions: list[Instruction] = []
         self.actions: list[Action] = []
-        rest: tuple[Instruction, Action] | None = None
+        self._prepare(copies)
+
+    def run(self) -> None:
+        """Runs all instructions."""
+        for at, action in enumerate(self.actions):
+            self.at = at
+            action()
+
+    def _prepare(self, copies: Copies | None) -> None:
         early: Instruction | None = None
-        for index, instruction in enumerate(instructions):
-            kind, stage, m, copy = instruction
+        rest: tuple[Instruction, Action] | None = None
+        for index, instruction in enumerate(self._given):
+            kind = instruction.kind
             if rest is not None and kind not in _BETWEEN:
                 self._append(*rest)
                 rest = None
             if kind == Kind.OVERLAP_F:
-                other = instructions[index + 1]
-                pair = self._pair(instruction, other)
+                backward = self._given[index + 1]
+                pair = self._pair(instruction, backward)
                 if pair is not None:
                     self._append(instruction, pair)
-                    behind = stages[other.stage, other.copy]
-                    rest = other, partial(run_rest, behind, other.micro_batch)
+                    behind = self._stages[backward.stage, backward.copy]
+                    rest = backward, partial(run_rest, behind, backward.micro_batch)
                 else:
                     self._append(instruction, self._compute(instruction))
                     early = self._early_send(index)
@@ -103,16 +112,11 @@ class Stream:
                 if instruction != early:
                     self._append(instruction, self._transfer(instruction))
             elif copies is not None and kind == Kind.REDUCE_GRAD:
-                self._append(instruction, partial(copies.start, stage))
+                self._append(instruction, partial(copies.start, instruction.stage))
             elif copies is not None and kind == Kind.WAIT_REDUCE_GRAD:
-                self._append(instruction, partial(copies.wait, stage))
+                self._append(instruction, partial(copies.wait, instruction.stage))
         if rest is not None:
             self._append(*rest)
-
-    def run(self) -> None:
-        """Runs all instructions."""
-        for self.at, action in enumerate(self.actions):
-            action()
 
     def _append(self, instruction: Instruction, action: Action) -> None:
         self.instructions.append(instruction)
