@@ -5,6 +5,7 @@ Letters: P ranks, S stages, C copies of every stage, M micro-batches of all copi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 import uuid
@@ -18,14 +19,17 @@ from dualpipe.errors import MismatchError, PeerLostError, PipelineError, Schedul
 from dualpipe.executor.agreement import Agreement
 from dualpipe.executor.boundary import given_boundaries
 from dualpipe.executor.copies import Copies
+from dualpipe.executor.graphs import Graphs
 from dualpipe.executor.groups import given_group
 from dualpipe.executor.microbatches import merge, signature
 from dualpipe.executor.pair import Streams, has_hook
 from dualpipe.executor.places import device_of, group_ranks, held_stages
 from dualpipe.executor.plan import Batch, Plan, find_boundaries
+from dualpipe.executor.report import StepReport
 from dualpipe.executor.seeds import unseeded
 from dualpipe.executor.stage import Settings
 from dualpipe.executor.stream import Stream
+from dualpipe.executor.timeline import Recorder
 from dualpipe.executor.transport import make_transport
 from dualpipe.executor.watch import Doing, Watch, find_store
 
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
 
     from dualpipe.executor.boundary import Boundary
     from dualpipe.executor.transport.base import TensorSpec, Transport
-    from dualpipe.schedule import Schedule
+    from dualpipe.schedule import Costs, Schedule
 
 __all__ = ["PipelineExecutor", "StepResult"]
 
@@ -84,6 +88,9 @@ class PipelineExecutor:
             torchrun's, which lives in its agent; without one, errors name the neighbour alone.
         seed: Seed every forward by this, the step, stage and micro-batch
             (:func:`~dualpipe.executor.seed_of`), so that dropout does not depend on the schedule.
+        graphs: On GPUs, run stages as CUDA graphs: always, never, or with ``"auto"`` where their
+            launches are the limit; see :class:`~dualpipe.executor.graphs.Graphs`.
+        measure: Measure every step, for :meth:`report`; the attribute may be set between steps.
 
     Raises:
         PipelineError: ``no_group``, ``group_size``, ``ranks``, ``stages``, ``gradients``,
@@ -106,6 +113,8 @@ class PipelineExecutor:
         limit_s: float = 300.0,
         store: Store | None = None,
         seed: int | None = None,
+        graphs: bool | str = "auto",
+        measure: bool = False,
     ) -> None:
         self.group = given_group(group)
         self.schedule = schedule
@@ -119,7 +128,7 @@ class PipelineExecutor:
             "reduce_copies": reduce_copies,
             "store": store is not None,
         }
-        token = self._settle(stages, ranks, gradients, kinds)
+        token = self._settle(stages, ranks, gradients, graphs, kinds)
         self.device = device or device_of(stage.module for stage in self.stages.values())
         self.transport = make_transport(transport, self.group, self.device, limit_s)
         self._copies = self._make_copies(limit_s) if reduce_copies else None
@@ -132,6 +141,10 @@ class PipelineExecutor:
         self._broken: BaseException | None = None
         self._closed = False
         self._watch = Watch(store, token, self.rank, schedule.num_ranks, limit_s, self._doing)
+        self._recorder = Recorder(self.device, measure=measure)
+        self.graphs = Graphs(self.stages, self.device, graphs)
+        """The stages' CUDA graphs."""
+        self._measured: tuple[Schedule, list[Any]] | None = None
         self.num_steps = 0
         """Steps that were started."""
 
@@ -200,7 +213,7 @@ class PipelineExecutor:
                 first_micro_batch = sum(schedule.micro_batches[:copy])
                 stage.begin(settings, plan.flights(stage, batch), first_micro_batch)
             with unseeded(self.seed is not None, self.device):
-                self._run(self._stream(plan, training, reducing))
+                self._run(plan, self._stream(plan, training, reducing), settings)
             return self._result(batch, settings)
         except PeerLostError as error:
             raise self._break_off(error) from error
@@ -213,6 +226,40 @@ class PipelineExecutor:
             self._running = None
             for stage in self.stages.values():
                 stage.reset()
+
+    @property
+    def measure(self) -> bool:
+        """Whether steps are measured; may be set between steps, on all ranks."""
+        return self._recorder.measure
+
+    @measure.setter
+    def measure(self, value: bool) -> None:
+        self._recorder.measure = value
+
+    def report(self, costs: Costs | None = None) -> StepReport:
+        """The last measured step of all ranks, beside what is predicted for it.
+
+        Args:
+            costs: What to predict by, in microseconds; by default what was measured itself.
+
+        Raises:
+            PipelineError: ``not_measured``.
+        """
+        if self._measured is None:
+            raise PipelineError(
+                code="not_measured",
+                argument="measure",
+                got="no step that was measured",
+                expected="True during a step",
+                hint="set executor.measure = True",
+            )
+        schedule, every = self._measured
+        return StepReport(
+            schedule,
+            tuple(tuple(spans) for spans, _ in every),
+            tuple(note for _, notes in every for note in notes),
+            costs,
+        )
 
     def close(self, *, drop: bool = False) -> None:
         """Ends the executor and its groups; the group it was given is left alone.
@@ -286,12 +333,14 @@ class PipelineExecutor:
         stages: Mapping[Any, nn.Module] | Sequence[nn.Module],
         ranks: Sequence[int] | None,
         gradients: str,
+        graphs: bool | str,
         kinds: Mapping[str, Any],
     ) -> str:
         """Takes what this rank was given, if no rank refuses; a name that all ranks share."""
         own: Any = uuid.uuid4().hex
         try:
             self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
+            _one_of("graphs", graphs, (True, False, "auto"))
             self._group_ranks = group_ranks(ranks, self.schedule.num_ranks, self.group.size())
             self.rank = self._group_ranks.index(self.group.rank())
             self.stages = held_stages(stages, self.schedule, self.rank)
@@ -441,21 +490,31 @@ class PipelineExecutor:
                 plan.schedule.instructions(self.rank),
                 self.stages,
                 peers,
-                self.transport,
+                self._recorder.transport(self.transport),
                 self._copies if reducing else None,
                 self._streams,
             )
+            stream.actions = self._recorder.actions(stream.instructions, stream.actions)
         if plan is not self._prepared:
             self._prepared = None
             self.transport.prepare(stream.envelopes(training=training))
             self._prepared = plan
         return stream
 
-    def _run(self, stream: Stream) -> None:
+    def _run(self, plan: Plan, stream: Stream, settings: Settings) -> None:
         self._running = stream
-        stream.run()
-        if self._copies is not None:
-            self._copies.finish()
+        with _on(self.device):
+            self.graphs.begin(plan, stream.instructions, settings)
+            self._recorder.begin()
+            stream.run()
+            if self._copies is not None:
+                self._copies.finish()
+            self._await_end()
+        if self.measure:
+            why = self._notes()
+            self._measured = plan.schedule, self._exchange((self._recorder.spans(), why))
+
+    def _await_end(self) -> None:
         if self.device.type == "cuda":
             # Not synchronize: what is lost while the streams run must be found.
             end = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -464,6 +523,18 @@ class PipelineExecutor:
                 self.transport.poll()
                 self._watch.poll()
                 time.sleep(5e-5)
+
+    def _notes(self) -> list[str]:
+        """What did not run as it could on this rank, and why."""
+        notes = [
+            f"rank {self.rank}, stage {stage.index}: {count} weight parts not left for later: {why}"
+            for stage in self.stages.values()
+            for why, count in stage.not_left.items()
+        ]
+        return notes + [
+            f"rank {self.rank}, stage {index}: no CUDA graphs: {why}"
+            for (index, _), why in self.graphs.why.items()
+        ]
 
     def _result(self, batch: Batch, settings: Settings) -> StepResult:
         last = [stage for stage in self.stages.values() if stage.is_last]
@@ -500,15 +571,22 @@ class PipelineExecutor:
         return known[1]
 
 
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 def _autocast(device: torch.device) -> str | None:
     if not torch.is_autocast_enabled(device.type):
         return None
     return str(torch.get_autocast_dtype(device.type))
 
 
-def _one_of(argument: str, value: str, known: tuple[str, ...]) -> str:
+def _one_of(argument: str, value: Any, known: tuple[Any, ...]) -> Any:
     if value not in known:
         raise PipelineError(
-            code=argument, argument=argument, got=repr(value), expected=" or ".join(known)
+            code=argument,
+            argument=argument,
+            got=repr(value),
+            expected=" or ".join(map(str, known)),
         )
     return value

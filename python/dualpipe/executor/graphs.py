@@ -228,7 +228,7 @@ class Graphs:
     ) -> None:
         self._stages = {k: s for k, s in stages.items() if isinstance(s, GraphedStage)}
         self._device = device
-        self._wanted = wanted if self._stages else False
+        self._wanted = wanted if device.type == "cuda" else False
         self._plan: Plan | None = None
         self._states: dict[tuple[int, int], Any] = {}
         self._num_eager = 0

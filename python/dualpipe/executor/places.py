@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dualpipe.errors import PipelineError
-from dualpipe.executor.stage import Stage
+from dualpipe.executor.graphs import GraphedStage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import nn
 
+    from dualpipe.executor.stage import Stage
     from dualpipe.schedule import Schedule
 
 __all__ = ["device_of", "group_ranks", "held_stages"]
@@ -80,8 +81,8 @@ def held_stages(
             got=f"modules for {sorted(modules)}" if modules else f"{len(given)} modules",
             expected=f"one for each stage and copy on pipeline rank {rank}: {places}",
         )
-    stages = {
-        (stage, copy): Stage(modules[stage, copy], stage, copy, schedule.num_stages)
+    stages: dict[tuple[int, int], Stage] = {
+        (stage, copy): GraphedStage(modules[stage, copy], stage, copy, schedule.num_stages)
         for stage, copy in places
     }
     for (index, copy), stage in stages.items():

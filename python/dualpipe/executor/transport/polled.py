@@ -54,7 +54,7 @@ class PolledWaits:
         """Raises for a wait that has lasted too long.
 
         Raises:
-            PeerLostError: ``lost``, with the peer.
+            PeerLostError: ``limit``, with the peer.
         """
         waits = self._waits
         while waits:
@@ -68,7 +68,7 @@ class PolledWaits:
                 first.since = time.monotonic()
             if first.since is not None and time.monotonic() - first.since > self._limit_s:
                 raise PeerLostError(
-                    code="lost",
+                    code="limit",
                     got=f"nothing for {self._limit_s:g} s where {first.message} was due",
                     expected=f"an answer within {self._limit_s:g} s",
                     peer=first.peer,

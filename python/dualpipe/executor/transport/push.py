@@ -204,7 +204,7 @@ class PushTransport(Transport):
                 self._store.wait([key], limit)
             except dist.DistError as error:
                 raise PeerLostError(
-                    code="lost",
+                    code="limit",
                     got=f"rank {rank} of the group is not there",
                     expected=f"every rank within {self.limit_s:g} s",
                     peer=rank,
@@ -216,6 +216,10 @@ class PushTransport(Transport):
     def prepare(self, envelopes: Sequence[Envelope]) -> None:
         # Places lie where those of the steps before did: everything that was under way must have
         # arrived, and been used. All ranks exchange equally often, whatever changes for each.
+        with torch.cuda.device(self.device):
+            self._prepare(envelopes)
+
+    def _prepare(self, envelopes: Sequence[Envelope]) -> None:
         torch.cuda.synchronize(self.device)
         arriving = [envelope for envelope in envelopes if not envelope.outgoing]
         places, num_bytes = lay_out(arriving)
