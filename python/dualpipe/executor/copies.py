@@ -60,6 +60,7 @@ class Copies:
         for parameter, stages in owners.items():
             part = self._own if len(stages) == 1 else self._tied
             part.setdefault(stages[0], []).append(parameter)
+        self._started: set[int] = set()
         self._under_way: dict[int, list[_Reduction]] = {}
         self._reduced: list[tuple[torch.Tensor, weakref.ref[torch.Tensor], int]] = []
 
@@ -84,7 +85,7 @@ class Copies:
         dist.all_gather_object(verdicts, mine, group=group)
         different = next((v for v in verdicts if v != verdicts[0]), None)
         if different is not None:
-            pairs = zip(verdicts[0] + [None], different + [None], strict=False)
+            pairs = zip([*verdicts[0], None], [*different, None], strict=False)
             raise _unequal(stage, f"{next((a, b) for a, b in pairs if a != b)}")
         differing = [name for name, t in named.items() if not _same_bytes(t, source, group)]
         dist.all_gather_object(verdicts, differing, group=group)
@@ -99,22 +100,22 @@ class Copies:
             PipelineError: ``reduced_twice``.
         """
         for parameter, grad, version in self._reduced:
-            if parameter.grad is not None and parameter.grad is grad():
-                if parameter.grad._version == version:
-                    raise PipelineError(
-                        code="reduced_twice",
-                        argument="grad",
-                        got="gradients that are summed over the copies already",
-                        expected="None or zero, since they would be summed again",
-                        hint="call zero_grad() between optimizer steps; to accumulate over "
-                        "several steps, pass accumulate=True to all but the last",
-                    )
+            present = parameter.grad
+            if present is not None and present is grad() and present._version == version:
+                raise PipelineError(
+                    code="reduced_twice",
+                    argument="grad",
+                    got="gradients that are summed over the copies already",
+                    expected="None or zero, since they would be summed again",
+                    hint="call zero_grad() between optimizer steps; to accumulate over several "
+                    "steps, pass accumulate=True to all but the last",
+                )
         self._reduced = []
 
     def start(self, stage: int) -> None:
         """REDUCE_GRAD: starts the sum over the copies of a stage's gradients, which are complete."""
-        reductions = [_Reduction(self._own[stage], self._groups[stage])]
-        self._under_way[stage] = reductions
+        self._started.add(stage)
+        self._under_way[stage] = [_Reduction(self._own[stage], self._groups[stage])]
 
     def wait(self, stage: int) -> None:
         """WAIT_REDUCE_GRAD: waits for it."""
@@ -123,9 +124,13 @@ class Copies:
         del self._under_way[stage]
 
     def finish(self) -> None:
-        """Ends a step: what is under way, and what is tied between stages."""
+        """Ends a step: what no instruction has started, what is under way, what is tied."""
+        for stage in sorted(self._groups):
+            if stage not in self._started:
+                self.start(stage)
         for stage in sorted(self._under_way):
             self.wait(stage)
+        self._started.clear()
         for stage in sorted(self._tied):
             self._under_way[stage] = [_Reduction(self._tied[stage], self._groups[stage])]
             self.wait(stage)
@@ -144,6 +149,7 @@ class Copies:
             for reduction in reductions:
                 reduction.drop()
         self._under_way = {}
+        self._started.clear()
 
     def close(self) -> None:
         """Ends the groups."""
@@ -165,12 +171,14 @@ class _Reduction:
         self.parameters = [p for p in parameters if p.requires_grad]
         self._works: list[dist.Work] = []
         self._gathered: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        self._lacking: list[int] = []
+        """Parameters without a gradient here."""
         if not self.parameters:
             return
+        here = [parameter.grad is not None for parameter in self.parameters]
+        self._lacking = [at for at, present in enumerate(here) if not present]
         device = self.parameters[0].device
-        self._present = torch.tensor(
-            [p.grad is not None for p in self.parameters], dtype=torch.int32, device=device
-        )
+        self._present = torch.tensor(here, dtype=torch.int32, device=device)
         self._start(self._present, group)
         small: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for parameter in self.parameters:
@@ -204,11 +212,11 @@ class _Reduction:
             parts = torch.split(flat, [grad.numel() for grad in grads])
             for grad, part in zip(grads, parts, strict=True):
                 grad.copy_(part.view_as(grad))
-        if self.parameters:
+        if self._lacking:
             present = self._present.tolist()
-            for parameter, count in zip(self.parameters, present, strict=True):
-                if not count:
-                    parameter.grad = None
+            for at in self._lacking:
+                if not present[at]:
+                    self.parameters[at].grad = None
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -117,6 +117,9 @@ class Stream:
                 self._append(instruction, partial(copies.wait, instruction.stage))
         if rest is not None:
             self._append(*rest)
+        if copies is not None:
+            end = Instruction(Kind.WAIT_REDUCE_GRAD, max(self._stages)[0], 0)
+            self._append(end, copies.finish)
 
     def _append(self, instruction: Instruction, action: Action) -> None:
         self.instructions.append(instruction)
