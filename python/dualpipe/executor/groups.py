@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = ["given_group", "make_group", "waiting"]
 
+_SET_UP = timedelta(seconds=60)
+
+# Without an underscore since PyTorch 2.15.
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+
 
 def make_group(
     ranks: Sequence[int], limit_s: float, backend: str | None = None
@@ -22,17 +27,19 @@ def make_group(
     """A new group of these ranks of the default group, made by them alone.
 
     Args:
-        ranks: Its members, this rank among them.
+        ranks: Its members, this rank among them. They may come up to a minute apart.
         limit_s: How long a wait in it may last.
         backend: By default the default group's.
     """
+    limit = timedelta(seconds=limit_s)
     group = dist.new_group(
         list(ranks),
-        timeout=timedelta(seconds=limit_s),
+        timeout=max(limit, _SET_UP),
         backend=backend,
         use_local_synchronization=True,
     )
     assert isinstance(group, dist.ProcessGroup)
+    _set_timeout(limit, group)
     return group
 
 
