@@ -89,9 +89,7 @@ class Torch:
         ]
         make = getattr(schedules, kind)
         given = stages if is_v else stages[0]
-        self._schedule = make(
-            given, case.num_micro_batches, loss_fn=loss_of, scale_grads=False
-        )
+        self._schedule = make(given, case.num_micro_batches, loss_fn=loss_of, scale_grads=False)
         self.share = nn.Sequential(*modules)
         inputs, targets = make_batch(case, device)
         self._inputs = (inputs,) if 0 in held else ()

@@ -151,10 +151,15 @@ def dry_forward(
         if buffer is not None
     ]
     try:
-        with torch.random.fork_rng(), torch.set_grad_enabled(training):
+        with torch.random.fork_rng(_generators()), torch.set_grad_enabled(training):
             return Boundary.of(as_outputs(module(*inputs, **kwargs)))
     finally:
         with torch.no_grad():
             for owner, name, buffer, content in buffers:
                 buffer.copy_(content)
                 owner._buffers[name] = buffer
+
+
+def _generators() -> list[int]:
+    """The GPU whose random generator a forward may use, beside the CPU's."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

@@ -15,6 +15,7 @@ What a stage does in Python runs at the capture and not at every replay.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import warnings
 from collections import defaultdict
@@ -195,10 +196,10 @@ class Slots:
         """Replays B or I; the gradients of the inputs."""
         slot = self._slots[self._places[m]]
         slot.settle()
-        if slot.output_grads:
-            for own, given in zip(slot.output_grads, flight.output_grads, strict=True):
-                if own is not None:
-                    own.zero_() if given is None else own.copy_(given)
+        given = flight.output_grads
+        for own, grad in zip(slot.output_grads, given, strict=bool(slot.output_grads)):
+            if own is not None:
+                own.zero_() if grad is None else own.copy_(grad)
         slot.graphs[kind].replay()
         return slot.input_grads[kind]
 
@@ -239,7 +240,7 @@ class Graphs:
         self.num_bytes = 0
         """Device memory that the graphs hold."""
 
-    def begin(self, plan: Plan, computations: Iterable[Instruction], settings: Settings) -> None:
+    def begin(self, plan: Plan, instructions: Iterable[Instruction], settings: Settings) -> None:
         """Sets the stages up for a step, after their own begin."""
         if not self._wanted:
             return
@@ -254,7 +255,8 @@ class Graphs:
             if self._num_eager < 1 + (self._wanted == "auto"):
                 self._watch()
                 return
-            self._slots = self._capture_all(tuple(computations), settings)
+            computations = tuple(i for i in instructions if i.kind.computes)
+            self._slots = self._capture_all(computations, settings)
         self._reattach()
         self._use(self._slots)
 
@@ -295,6 +297,8 @@ class Graphs:
     def _capture_all(
         self, computations: tuple[Instruction, ...], settings: Settings
     ) -> dict[tuple[int, int], Slots]:
+        # An autograd graph of an earlier step that is still there would tie its stream in.
+        gc.collect()
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device)
@@ -406,16 +410,26 @@ def _captured(
     """A slot with its graphs: F first, and from its autograd graph the others."""
     slot = Slot(like)
 
+    boundary = None if stage.is_last else stage.flights[0].boundary_out
+
     def forward() -> None:
         slot.outputs = as_outputs(stage.module(*slot.inputs, **slot.kwargs))
-        if stage.is_last and settings.criterion is not None:
-            slot.loss = settings.criterion(*slot.outputs, *slot.labels)
+        if stage.is_last:
+            if settings.criterion is not None:
+                slot.loss = settings.criterion(*slot.outputs, *slot.labels)
+            return
+        # As the gradients come back: one for each place of the boundary, or of what goes on here.
+        found = (
+            [o for o in slot.outputs if o is not None and o.requires_grad]
+            if boundary is None
+            else [slot.outputs[at] for at in boundary.grad_places]
+        )
+        slot.sources = [o if o is not None and o.requires_grad else None for o in found]
 
-    def roots_and_grads() -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    def roots_and_grads() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         if not stage.is_last:
-            pairs = zip(slot.sources, slot.output_grads, strict=True)
-            roots, grads = zip(*(p for p in pairs if p[0] is not None), strict=True)
-            return list(roots), list(grads)
+            pairs = list(zip(slot.sources, slot.output_grads, strict=True))
+            return [o for o, _ in pairs if o is not None], [g for _, g in pairs if g is not None]
         losses = [] if slot.loss is None or not slot.loss.requires_grad else [slot.loss]
         return losses, [stage.loss_grad(loss) for loss in losses]
 
@@ -433,16 +447,7 @@ def _captured(
         slot.weight_part.run()
 
     slot.graphs[Kind.F] = _graph_of(forward, pool)
-    if not stage.is_last:
-        # As the gradients come back: one for each place of the boundary, or of what goes on here.
-        boundary = stage.flights[0].boundary_out
-        found = (
-            [o for o in slot.outputs if o is not None and o.requires_grad]
-            if boundary is None
-            else [slot.outputs[at] for at in boundary.grad_places]
-        )
-        slot.sources = [o if o is not None and o.requires_grad else None for o in found]
-        slot.output_grads = [None if o is None else torch.zeros_like(o) for o in slot.sources]
+    slot.output_grads = [None if o is None else torch.zeros_like(o) for o in slot.sources]
     if Kind.B in kinds:
         slot.graphs[Kind.B] = _graph_of(backward, pool)
     if Kind.I in kinds:
