@@ -64,20 +64,26 @@ class Agreement:
 
     def _largest(self, mine: torch.Tensor) -> torch.Tensor:
         """The largest of every rank's numbers, by way of the first rank."""
-        group = self._group
-        others = range(1, group.size())
-        if group.rank():
+        if self._group.rank():
             answer = torch.empty_like(mine)
-            self._works = [(0, group.recv([answer], 0, 0)), (0, group.send([mine], 0, 0))]
+            self._start("recv", answer, 0)
+            self._start("send", mine, 0)
             self._wait()
             return answer
+        others = range(1, self._group.size())
         parts = [torch.empty_like(mine) for _ in others]
-        self._works = [(r, group.recv([p], r, 0)) for r, p in zip(others, parts, strict=True)]
+        for rank, part in zip(others, parts, strict=True):
+            self._start("recv", part, rank)
         self._wait()
         answer = torch.stack([mine, *parts]).amax(0)
-        self._works = [(rank, group.send([answer], rank, 0)) for rank in others]
+        for rank in others:
+            self._start("send", answer, rank)
         self._wait()
         return answer
+
+    def _start(self, way: str, tensor: torch.Tensor, rank: int) -> None:
+        with waiting(self._limit_s, rank):
+            self._works.append((rank, getattr(self._group, way)([tensor], rank, 0)))
 
     def _wait(self) -> None:
         while self._works:
@@ -91,7 +97,8 @@ class Agreement:
             if isinstance(value, (PipelineError, ScheduleError)):
                 if rank == self._group.rank():
                     raise value
-                raise PipelineError(
+                kind = MismatchError if isinstance(value, MismatchError) else PipelineError
+                raise kind(
                     code=value.code,
                     argument=value.argument,
                     got=value.got,

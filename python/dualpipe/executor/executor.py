@@ -391,7 +391,8 @@ class PipelineExecutor:
             "autocast": _autocast(self.device),
             "gradients": "mean" if self._mean else "sum",
         }
-        every = self._agreement.exchange(equal, own)
+        alike = {"measure": self.measure, "seed": self.seed}
+        every = self._agreement.exchange({**equal, **alike}, own)
         assert batch is not None
         key = (*equal.values(), *every)
         plan = self._plans.get(key)
@@ -507,8 +508,6 @@ class PipelineExecutor:
             self.graphs.begin(plan, stream.instructions, settings)
             self._recorder.begin()
             stream.run()
-            if self._copies is not None:
-                self._copies.finish()
             self._await_end()
         if self.measure:
             why = self._notes()

@@ -65,7 +65,7 @@ def given_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 @contextmanager
 def waiting(limit_s: float, peer: int | None = None) -> Iterator[None]:
-    """Around a wait in a group: a failure of it means that a rank is gone or late.
+    """Around what is done in a group: a failure of it means that a rank is gone or late.
 
     Raises:
         PeerLostError: ``limit`` or ``closed``.

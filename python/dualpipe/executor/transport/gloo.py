@@ -95,12 +95,14 @@ class GlooTransport(Transport):
     def post_receive(self, peer: int, message: Message, specs: Sequence[TensorSpec]) -> Arrival:
         tensors = [self.pool.take(spec) for spec in specs]
         # An empty message is none: both ends know its shape.
-        works = [self._channel.recv([t], peer, 0) for t in tensors if t.numel()]
+        with waiting(self.limit_s, peer):
+            works = [self._channel.recv([t], peer, 0) for t in tensors if t.numel()]
         return _GlooArrival(tensors, works, peer, self)
 
     def send(self, peer: int, message: Message, tensors: Sequence[torch.Tensor]) -> Departure:
         held = [tensor.detach().contiguous() for tensor in tensors]
-        works = [self._channel.send([t], peer, 0) for t in held if t.numel()]
+        with waiting(self.limit_s, peer):
+            works = [self._channel.send([t], peer, 0) for t in held if t.numel()]
         return _GlooDeparture(held, works, peer, self)
 
     def close(self, *, drop: bool = False) -> None:
