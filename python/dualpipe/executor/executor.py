@@ -133,7 +133,7 @@ class PipelineExecutor:
         self.transport = make_transport(transport, self.group, self.device, limit_s)
         self._copies = self._make_copies(limit_s) if reduce_copies else None
         self._compared = False
-        self._streams = Streams()
+        self._streams = Streams(self.device)
         self._plans: dict[Any, Plan] = {}
         self._prepared: Plan | None = None
         self._digests: dict[int, tuple[Schedule, str]] = {}

@@ -30,15 +30,14 @@ _STREAMS = "overlapped_forward_backward_streams"
 
 
 class Streams:
-    """The streams of a rank; all None on a CPU."""
+    """Streams beside the computing one, for hooks; None on a CPU."""
 
-    def __init__(
-        self,
-        communication: torch.cuda.Stream | None = None,
-        weight: torch.cuda.Stream | None = None,
-    ) -> None:
-        self.communication = communication
-        self.weight = weight
+    def __init__(self, device: torch.device) -> None:
+        def stream() -> torch.cuda.Stream | None:
+            return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+        self.communication = stream()
+        self.weight = stream()
 
 
 class OverlappedPair:
