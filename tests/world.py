@@ -68,6 +68,8 @@ def _run(function, worlds: list[tuple[int, tuple]], limit_s: float, *, lossy: bo
                 found[-1].append(value)
                 if not good:
                     faults.append(f"rank {rank} of {size}, {args}: {value}")
+            if faults:
+                break
     assert not faults, "\n".join([*faults, outcome.stderr[-4000:]])
     return found
 

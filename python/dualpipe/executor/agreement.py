@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +90,7 @@ class Agreement:
         while self._works:
             rank, work = self._works[-1]
             with waiting(self._limit_s, rank):
-                work.wait()
+                work.wait(timedelta(seconds=self._limit_s))
             del work, self._works[-1]
 
     def _refuse(self, every: list[Any]) -> None:
