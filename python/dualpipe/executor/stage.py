@@ -286,12 +286,8 @@ class Stage:
             self.free(flight)
 
     def _keep_roots(self, flight: Flight, outputs: list[torch.Tensor | None]) -> None:
-        if self.keeps_outputs:
-            flight.roots = outputs
-        else:
-            flight.roots = [
-                get_gradient_edge(o) if o is not None and o.requires_grad else None for o in outputs
-            ]
+        make = _alias if self.keeps_outputs else get_gradient_edge
+        flight.roots = [make(o) if o is not None and o.requires_grad else None for o in outputs]
 
     def roots_and_grads(self, flight: Flight) -> tuple[list[Any], list[torch.Tensor]]:
         """What the backward starts from, when the gradients are there."""
@@ -342,10 +338,15 @@ class Stage:
             flight.grad_arrival = None
 
 
-def _forget_content(output: Any) -> None:
-    """Frees the memory of an output that has been sent, where the graph itself has not saved it."""
-    if output is not None and output.grad_fn is not None and output._base is None:
-        output.data = torch.empty(0, dtype=output.dtype, device=output.device)
+def _alias(output: torch.Tensor) -> torch.Tensor:
+    """The same output as a tensor of its own, whose content can be dropped alone."""
+    return torch._unsafe_view(output, output.shape)
+
+
+def _forget_content(alias: torch.Tensor | None) -> None:
+    """Frees the memory of an output that has been sent, where the graph has not saved it."""
+    if alias is not None:
+        alias.data = torch.empty(0, dtype=alias.dtype, device=alias.device)
 
 
 def _apart(
