@@ -62,6 +62,11 @@ class Ours:
                 self._labels = (targets[part].clone(),)
                 self._numbers = list(range(part.start, part.stop))
 
+    @property
+    def num_bytes(self) -> int:
+        """Of what this rank was given."""
+        return sum(given.nbytes for given in (*self._inputs, *self._labels))
+
     def step(self) -> dict[int, torch.Tensor]:
         result = self.executor.step(
             *self._inputs, labels=self._labels, criterion=loss_of if self._labels else None
@@ -133,8 +138,8 @@ class DeepSeek:
         if not is_v:
             # The first rank's labels belong to the last rank's inputs.
             self._numbers = range(half, self._count) if rank == 0 else range(half)
-            inputs = inputs[:half] if rank == 0 else inputs[half:]
-            targets = targets[half:] if rank == 0 else targets[:half]
+            inputs = (inputs[:half] if rank == 0 else inputs[half:]).clone()
+            targets = (targets[half:] if rank == 0 else targets[:half]).clone()
         elif rank:
             inputs = targets = None
         self._inputs, self._targets = inputs, targets

@@ -7,8 +7,9 @@ Eight transformer layers (hidden 4096, FFN 14336, 32 heads, bf16), micro-batches
 mean squared error in float32, gradients accumulate, no optimizer.
 
 Every contender runs in a pair of processes of its own, one a GPU. The *ideal* is one rank's share
-of the layers, all micro-batches one after the other, forward and backward, no pipeline and no
-loss; with short sequences also *launch-free*: the same replayed as a CUDA graph. A GPU that has
+of the work without a pipeline: its share of the layers, all micro-batches one after the other,
+forward and backward, and the loss of every second one. With short sequences there is a
+*launch-free* ideal too: the layers' forward and backward replayed as a CUDA graph. A GPU that has
 just started is faster, so contender and ideal alternate after a warm-up, and the ratio is the
 median of the pairs. A time is that of the slower rank, from a common start to the end of its
 device's work. Peak memory is that of the contender alone, before the ideal is made.
@@ -22,6 +23,7 @@ those times for other schedules is compared with what they take.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -106,14 +108,20 @@ class Ideal:
 
     def __init__(self, case: Case, share: torch.nn.Module, device: torch.device) -> None:
         self._share = share
-        inputs, _ = make_batch(case, device)
+        inputs, targets = make_batch(case, device)
         self._inputs = [part.requires_grad_() for part in inputs.split(1)]
+        self._targets = targets.split(1)
         self._grad = torch.randn_like(self._inputs[0])
+        self._ranks = dist.get_world_size()
 
     def run(self) -> None:
-        for given in self._inputs:
+        for m, (given, target) in enumerate(zip(self._inputs, self._targets, strict=True)):
             given.grad = None
-            self._share(given).backward(self._grad)
+            output = self._share(given)
+            if m % self._ranks:
+                output.backward(self._grad)
+            else:
+                loss_of(output, target).backward()
 
     def captured(self) -> Callable[[], None]:
         """The same without launches: one micro-batch as a graph, replayed."""
@@ -145,6 +153,7 @@ def quartiles(values: list[float]) -> list[float]:
 
 def run_case(rank: Rank, name: str, case: Case, rounds: int) -> dict[str, Any]:
     """One contender's figures."""
+    gc.collect()
     if rank.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -185,11 +194,12 @@ def own_figures(rank: Rank, contender: Any, case: Case) -> dict[str, Any]:
     """What only this executor can say: idle time, memory by its terms, why no graphs."""
     executor = contender.executor
     executor.measure = True
-    idle = []
+    idle, spans = [], []
     for _ in range(5):
-        contender.step()
+        whole = rank.timed(contender.step)
         report = executor.report()
-        idle.append(report.idle_ratio.tolist())
+        idle.append((1 - report.busy_us / 1e3 / whole).tolist())
+        spans.append(whole - report.makespan_us / 1e3)
     executor.measure = False
     peaks = contender.schedule.verify().peaks
     stage = next(iter(executor.stages.values())).module
@@ -209,11 +219,14 @@ def own_figures(rank: Rank, contender: Any, case: Case) -> dict[str, Any]:
         "activations of a micro-batch on a stage": activation / GIB,
         "held at most": int(peaks.activations[rank.rank]),
         "of these between I and W": int(peaks.kept[rank.rank]),
+        "inputs and targets": contender.num_bytes / GIB,
         "transfer buffers": getattr(executor.transport, "num_bytes", 0) / GIB,
         "graphs": executor.graphs.num_bytes / GIB,
     }
     return {
         "idle": [round(statistics.median(values), 5) for values in zip(*idle, strict=True)],
+        "outside computations ms": round(statistics.median(spans), 3),
+        "report": str(report),
         "memory_gib": rank.gathered(own),
         "notes": list(report.notes),
         "transport": executor.transport.name,

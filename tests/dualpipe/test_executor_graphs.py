@@ -17,14 +17,13 @@ from dualpipe.executor import graphs
 from dualpipe.instruction import Kind
 from pipelines import Part, perceptrons, sequential
 
-
 CAPTURED = graphs._captured
 
 
 class Again:
     """A graph that runs what was captured again, on the same inputs."""
 
-    def __init__(self, work, pool) -> None:
+    def __init__(self, work, _) -> None:
         self.replay = work
         work()
 

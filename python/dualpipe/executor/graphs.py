@@ -5,9 +5,9 @@ micro-batches in flight at once, each with graphs, inputs and activations of its
 graph that F's capture makes is kept with its slot: B, I and W are captured from it, and add to the
 memory of the parameters' ``.grad``, which is therefore kept over ``zero_grad(set_to_none=True)``.
 
-All captures of a rank share one memory pool. Nothing in it is freed while the graphs are there
-(the activations of a slot must not become the scratch memory of another), so that what one slot's
-graphs need only while they run is shared by all slots.
+Each slot has a memory pool of its own, which its graphs share: they always run in the order of the
+captures, while those of another slot may run at any time in between, and would write over what this
+one keeps in memory that was scratch before.
 
 What a stage does in Python runs at the capture and not at every replay.
 """
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["GraphedStage", "Graphs"]
 
-_LAUNCH_BOUND = 0.4
+_LAUNCH_BOUND = 0.7
 """The part of a forward's time on the GPU from which launching it on the host is too slow."""
 
 _ENDS = {Kind.B, Kind.W, Kind.OVERLAP_B}
@@ -302,7 +302,6 @@ class Graphs:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device)
-        pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self._device)
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()
@@ -314,7 +313,7 @@ class Graphs:
                 try:
                     like = self._alike(stage, computations)
                     with torch.cuda.stream(stream):
-                        slots[key] = self._capture(key, stage, like, computations, settings, pool)
+                        slots[key] = self._capture(key, stage, like, computations, settings)
                 except _NotCapturable as reason:
                     self.why[key] = str(reason)
                 except RuntimeError as error:
@@ -350,7 +349,6 @@ class Graphs:
         like: _Like,
         computations: Sequence[Instruction],
         settings: Settings,
-        pool: tuple[int, int],
     ) -> Slots:
         for parameter in stage.module.parameters():
             if parameter.requires_grad:
@@ -358,7 +356,7 @@ class Graphs:
                     parameter.grad = torch.zeros_like(parameter)
                 self._grads.append((parameter, parameter.grad))
         places, kinds = _slots_of(computations, key)
-        return Slots(places, [_captured(stage, like, of, settings, pool) for of in kinds])
+        return Slots(places, [_captured(stage, like, of, settings) for of in kinds])
 
 
 class _Probe:
@@ -404,11 +402,10 @@ def _slots_of(
     return places, kinds
 
 
-def _captured(
-    stage: GraphedStage, like: _Like, kinds: set[Kind], settings: Settings, pool: tuple[int, int]
-) -> Slot:
+def _captured(stage: GraphedStage, like: _Like, kinds: set[Kind], settings: Settings) -> Slot:
     """A slot with its graphs: F first, and from its autograd graph the others."""
     slot = Slot(like)
+    pool = torch.cuda.graph_pool_handle()
 
     boundary = None if stage.is_last else stage.flights[0].boundary_out
 

@@ -8,8 +8,10 @@ those to the same communicator that were posted before it; and both ends use few
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from datetime import timedelta
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,6 +31,9 @@ __all__ = ["NcclTransport"]
 
 _NEVER = timedelta(days=365)
 """NCCL's own watchdog ends the process at its limit; this transport has another one."""
+
+_ABORT_S = 10.0
+"""How long communicators may take to let their kernels go."""
 
 
 class _NcclArrival(Arrival):
@@ -145,6 +150,12 @@ class NcclTransport(Transport):
         # The sender is rank 0 of the two.
         channel = dist.ProcessGroupNCCL(store, int(self._rank == receiver), 2, options)
         channel.eager_connect_single_device(self.device)
+        # The first send waits on the host until the other end receives; two ranks that both send
+        # first would wait for ever. So it is done here, where both are in the same order.
+        token = torch.zeros(1, device=self.device)
+        work = channel.send([token], 1, 0) if self._rank == sender else channel.recv([token], 0, 0)
+        work.wait()
+        torch.cuda.synchronize(self.device)
         return channel
 
     def post_receive(self, peer: int, message: Message, specs: Sequence[TensorSpec]) -> Arrival:
@@ -171,8 +182,14 @@ class NcclTransport(Transport):
         self.waits.clear()
         self._posted.clear()
         channels, self._channels = self._channels, {}
-        for channel in channels.values():
-            if drop:
-                channel.abort()
-            else:
+        if not drop:
+            for channel in channels.values():
                 channel.shutdown()
+            return
+        # Ending one communicator waits for the kernels of all: they are let go together.
+        threads = [Thread(target=channel.abort, daemon=True) for channel in channels.values()]
+        for thread in threads:
+            thread.start()
+        until = time.monotonic() + _ABORT_S
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
