@@ -32,15 +32,37 @@ def make_group(
         backend: By default the default group's.
     """
     limit = timedelta(seconds=limit_s)
-    group = dist.new_group(
-        list(ranks),
-        timeout=max(limit, _SET_UP),
-        backend=backend,
-        use_local_synchronization=True,
-    )
+    with _place_of_its_own(ranks):
+        group = dist.new_group(
+            list(ranks),
+            timeout=max(limit, _SET_UP),
+            backend=backend,
+            use_local_synchronization=True,
+        )
     assert isinstance(group, dist.ProcessGroup)
     _set_timeout(limit, group)
     return group
+
+
+@contextmanager
+def _place_of_its_own(ranks: Sequence[int]) -> Iterator[None]:
+    """Lets a new group have a place in the store that no group had before.
+
+    PyTorch names a group after its ranks and the number of groups that there are, so a group that
+    follows one that was destroyed would meet the addresses of that one.
+    """
+    groups = dist.distributed_c10d._world.pg_map
+    default = dist.group.WORLD
+    assert default is not None
+    backend, store = groups[default]
+    name = f"dualpipe/groups/{'_'.join(map(str, sorted(ranks)))}"
+    # Every member counts for itself: they make the groups of these ranks in the same order.
+    number = store.add(f"{name}/made by {dist.get_rank()}", 1)
+    groups[default] = backend, dist.distributed_c10d.PrefixStore(f"{name}/{number}", store)
+    try:
+        yield
+    finally:
+        groups[default] = backend, store
 
 
 def given_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
