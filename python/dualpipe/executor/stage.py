@@ -340,7 +340,8 @@ class Stage:
 
 def _alias(output: torch.Tensor) -> torch.Tensor:
     """The same output as a tensor of its own, whose content can be dropped alone."""
-    return torch._unsafe_view(output, output.shape)
+    alias: torch.Tensor = torch.ops.aten._unsafe_view(output, output.shape)
+    return alias
 
 
 def _forget_content(alias: torch.Tensor | None) -> None:
