@@ -17,17 +17,22 @@ from dualpipe import MismatchError, PeerLostError, PipelineError, PipelineExecut
 from dualpipe.executor.checkpoint import layers_of, load_checkpoint, save_checkpoint
 from dualpipe.executor.stream import Stream
 from dualpipe.executor.transport.base import TensorSpec
-from pipelines import Part, perceptrons, squared
+from pipelines import Momentum, Part, perceptrons, squared
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
 WIDTH, NUM_LAYERS, ROWS, MICRO_BATCHES = 8, 12, 16, 8
 LIMIT_S = 1.5
 STEPS_BEFORE, STEPS_AFTER = 2, 2
 
+Trial = tuple[int, bool, str]
+"""Seed, whether the rank is stopped instead of killed, a folder."""
+
 BEFORE = ["gpipe", "1f1b", "zb_h1", "zbv", "interleaved_1f1b", "dualpipe", "dualpipev", "chimera"]
+
+
 AFTER = ["gpipe", "1f1b", "zb_h1", "zbv", "interleaved_zero_bubble", "dualpipev"]
 
 
@@ -40,22 +45,6 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(2, ROWS, WIDTH, generator=generator)
     return x, y
-
-
-class Momentum:
-    """As torch.optim.SGD, which takes every new process 5 s to import."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        self.state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for parameter in self.parameters:
-            state = self.state.setdefault(parameter, {"momentum": torch.zeros_like(parameter)})
-            state["momentum"].mul_(0.9).add_(parameter.grad)
-            parameter.sub_(0.02 * state["momentum"])
-            parameter.grad = None
 
 
 class Trainer:
@@ -154,11 +143,10 @@ def sequential(steps: int) -> list[list[float]]:
     return found
 
 
-def check(trials: Sequence[tuple[int, bool, str]]) -> set[int]:
+def check(trials: Sequence[Trial], every: Sequence[list[Any]]) -> set[int]:
     """The ranks that were lost."""
     expected = sequential(STEPS_BEFORE + STEPS_AFTER)
     victims = set()
-    every = world.run_lossy(lose_a_rank, 4, list(trials))
     for trial, found in zip(trials, every, strict=True):
         where = f"seed {trial[0]}"
         survivors = [value for value in found if value is not None]
@@ -185,7 +173,7 @@ def check(trials: Sequence[tuple[int, bool, str]]) -> set[int]:
     return victims
 
 
-def trials(folder: Path, seeds: Sequence[int], stops: int) -> list[tuple[int, bool, str]]:
+def trials(folder: Path, seeds: Sequence[int], stops: int) -> list[Trial]:
     found = []
     for index, seed in enumerate(seeds):
         own = folder / str(seed)
@@ -194,13 +182,29 @@ def trials(folder: Path, seeds: Sequence[int], stops: int) -> list[tuple[int, bo
     return found
 
 
-def test_survivors_of_a_lost_rank_go_on(tmp_path: Path) -> None:
-    assert check(trials(tmp_path, range(10), stops=1)) == {0, 1, 2, 3}
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Any], list[Any]]]:
+    """What is asked and what comes home: ten worlds that lose a rank, and one for each fault."""
+    lost = trials(tmp_path_factory.mktemp("lost"), range(10), stops=1)
+    kinds = ["raises", "sleeps", "no store", "stops"]
+    faults = [(kind, str(tmp_path_factory.mktemp(kind))) for kind in kinds]
+    asked = [("lose_a_rank", *trial) for trial in lost] + [("with_fault", *args) for args in faults]
+    found = world.run_lossy(one_of_many, 4, asked)
+    return {"lost": (lost, found[:10]), "faults": (kinds, found[10:])}
+
+
+def one_of_many(rank: int, size: int, name: str, *args: Any) -> Any:
+    return {"lose_a_rank": lose_a_rank, "with_fault": with_fault}[name](rank, size, *args)
+
+
+def test_survivors_of_a_lost_rank_go_on(worlds: dict[str, tuple[list[Any], list[Any]]]) -> None:
+    assert check(*worlds["lost"]) == {0, 1, 2, 3}
 
 
 @pytest.mark.slow
 def test_survivors_of_many_lost_ranks_go_on(tmp_path: Path) -> None:
-    check(trials(tmp_path, range(10, 50), stops=15))
+    many = trials(tmp_path, range(10, 50), stops=15)
+    check(many, world.run_lossy(lose_a_rank, 4, many))
 
 
 # Faults of ranks that live
@@ -257,12 +261,9 @@ def with_fault(rank: int, size: int, kind: str, folder: str) -> Any:
     return raised, late
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    kinds = ["raises", "sleeps", "no store", "stops"]
-    folders = [str(tmp_path_factory.mktemp(kind)) for kind in kinds]
-    found = world.run_lossy(with_fault, 4, list(zip(kinds, folders, strict=True)))
-    return dict(zip(kinds, found, strict=True))
+@pytest.fixture
+def faults(worlds: dict[str, tuple[list[Any], list[Any]]]) -> dict[str, list[Any]]:
+    return dict(zip(*worlds["faults"], strict=True))
 
 
 def test_the_error_of_one_rank_reaches_all(faults: dict[str, list[Any]]) -> None:

@@ -93,7 +93,9 @@ def save_checkpoint(
             file.flush()
             os.fsync(file.fileno())
         part.replace(target / _layer_file(number))
-    for old in _complete(folder, num_layers)[:-keep]:
+    kept = _complete(folder, num_layers)[-keep:]
+    old_steps = [old for old in _steps(folder) if len(kept) == keep and old < kept[0]]
+    for old in old_steps:
         for number in layers:
             (_step_folder(folder, old) / _layer_file(number)).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # others have yet to remove theirs
