@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WIDTH, NUM_LAYERS, ROWS, MICRO_BATCHES = 8, 12, 16, 8
 LIMIT_S = 1.5
-STEPS_BEFORE, STEPS_AFTER = 2, 2
+STEPS_BEFORE, STEPS_AFTER = 1, 2
 
 Trial = tuple[int, bool, str]
 """Seed, whether the rank is stopped instead of killed, a folder."""
@@ -66,7 +66,12 @@ class Trainer:
         parameters = [p for layer in self.layers.values() for p in layer.parameters()]
         self.optimizer = Momentum(parameters)
         self.executor = PipelineExecutor(
-            held, schedule, group, limit_s=LIMIT_S, store=dist.distributed_c10d._get_default_store()
+            held,
+            schedule,
+            group,
+            boundaries=[TensorSpec((ROWS // MICRO_BATCHES, WIDTH), torch.float32)],
+            limit_s=LIMIT_S,
+            store=dist.distributed_c10d._get_default_store(),
         )
 
     def step(self, number: int) -> list[float] | None:
