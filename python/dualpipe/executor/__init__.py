@@ -1,5 +1,6 @@
 """Runs the instruction streams of a :class:`~dualpipe.Schedule` on ``torch.distributed``."""
 
+from dualpipe.executor.checkpoint import layers_of, load_checkpoint, save_checkpoint
 from dualpipe.executor.executor import PipelineExecutor, StepResult
 from dualpipe.executor.microbatches import MicroBatches
 from dualpipe.executor.pair import OverlappedPair
@@ -13,5 +14,8 @@ __all__ = [
     "StepResult",
     "TensorSpec",
     "Transport",
+    "layers_of",
+    "load_checkpoint",
+    "save_checkpoint",
     "seed_of",
 ]
