@@ -191,7 +191,7 @@ def trials(folder: Path, seeds: Sequence[int], stops: int) -> list[Trial]:
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[list[Any], list[Any]]]:
     """What is asked and what comes home: ten worlds that lose a rank, and one for each fault."""
     lost = trials(tmp_path_factory.mktemp("lost"), range(10), stops=1)
-    kinds = ["raises", "sleeps", "no store", "stops"]
+    kinds = ["raises", "sleeps", "no store", "two", "stops"]
     faults = [(kind, str(tmp_path_factory.mktemp(kind))) for kind in kinds]
     asked = [("lose_a_rank", *trial) for trial in lost] + [("with_fault", *args) for args in faults]
     found = world.run_lossy(one_of_many, 4, asked)
@@ -230,7 +230,7 @@ class Fault(nn.Module):
 
 
 def with_fault(rank: int, size: int, kind: str, folder: str) -> Any:
-    """A rank raises, is late, or stops and goes on; what each rank raised then."""
+    """A rank raises, is late, takes another with it, or stops and goes on; what is raised then."""
     schedule = Schedule.generate("1f1b", size, 4)
     stages = perceptrons(size, WIDTH)
     moment = Path(folder) / "moment"
@@ -239,6 +239,9 @@ def with_fault(rank: int, size: int, kind: str, folder: str) -> Any:
         moment.write_text(repr(time.monotonic()))
         if kind in {"raises", "no store"}:
             raise ValueError("out of luck")
+        if kind == "two":
+            os.kill(int((Path(folder) / "other").read_text()), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         if kind == "stops":
             if not os.fork():
                 time.sleep(LIMIT_S + 3)
@@ -248,6 +251,8 @@ def with_fault(rank: int, size: int, kind: str, folder: str) -> Any:
         else:
             time.sleep(LIMIT_S + 1)
 
+    if rank == 0:
+        (Path(folder) / "other").write_text(str(os.getpid()))
     if rank == 2:
         stages[2].append(Fault(1 + 4 + 2, act))  # a dry forward, a step, and two forwards
     store = dist.distributed_c10d._get_default_store() if kind != "no store" else None
@@ -301,6 +306,15 @@ def test_without_a_store_the_neighbour_is_named(faults: dict[str, list[Any]]) ->
         assert (error.code, error.lost, error.notes) == ("closed", (), {})
         assert error.peer in {rank - 1, rank + 1}
         assert "store" in error.hint
+
+
+def test_two_ranks_lost_at_once_are_both_named(faults: dict[str, list[Any]]) -> None:
+    assert faults["two"][0] is faults["two"][2] is None
+    for rank in (1, 3):
+        error, late = faults["two"][rank]
+        assert late < LIMIT_S + 2
+        assert (error.code, error.lost, error.peer) == ("lost", (0, 2), 0)
+        assert set(error.notes) == {1, 3}
 
 
 def test_a_rank_that_goes_on_later_learns_that_it_was_taken_for_lost(

@@ -99,7 +99,7 @@ class Watch:
         limit_s: float,
         doing: Callable[[], Doing],
     ) -> None:
-        self._store = None if store is None else PrefixStore(f"dualpipe/{token}", store)
+        self._store = None if store is None else PrefixStore(f"dualpipe/{token}", _connect(store))
         self._rank = rank
         self._num_ranks = num_ranks
         self._limit_s = limit_s
@@ -247,6 +247,12 @@ def _end_of_waits(rank: int, notes: dict[int, _Note]) -> int | None:
         seen.append(peer)
         peer = notes[peer].peer
     return seen[-1] if seen else None
+
+
+def _connect(store: Store) -> Store:
+    """A connection of the watch's own: nothing that others wait for in the store is in its way."""
+    clone = getattr(store, "clone", None)  # since PyTorch 2.8
+    return store if clone is None else clone()
 
 
 def find_store(given: Store | None) -> Store | None:
