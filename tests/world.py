@@ -6,6 +6,7 @@ forked from that interpreter before anything in it has been started (no thread, 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import pickle
@@ -18,12 +19,13 @@ import traceback
 from pathlib import Path
 
 
-def run(function, num_ranks: int, *args, limit_s: float = 120.0) -> list:
+def run(function, num_ranks: int, *args, limit_s: float = 240.0) -> list:
     """What ``function(rank, num_ranks, *args)`` returns on every rank of a world.
 
     Args:
         function: A function at the top of a module; it finds the default group made, and may
-            return what pickles.
+            return what pickles. The module may name others in ``PRELOAD`` that its ranks would
+            import, each of them for itself.
         num_ranks: The size of the world.
         *args: What pickles.
         limit_s: When it has passed, every process is ended.
@@ -34,7 +36,7 @@ def run(function, num_ranks: int, *args, limit_s: float = 120.0) -> list:
     return run_each(function, [num_ranks], *args, limit_s=limit_s)[num_ranks]
 
 
-def run_each(function, sizes: list[int], *args, limit_s: float = 120.0) -> dict[int, list]:
+def run_each(function, sizes: list[int], *args, limit_s: float = 240.0) -> dict[int, list]:
     """As :func:`run`, for several worlds one after the other, at the cost of one import."""
     found = _run(function, [(size, args) for size in sizes], limit_s, lossy=False)
     return dict(zip(sizes, found, strict=True))
@@ -83,6 +85,8 @@ def _launch(folder: Path) -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
+    for heavy in getattr(module, "PRELOAD", ()):
+        importlib.import_module(heavy)
     function = getattr(module, name)
     end = time.monotonic() + limit_s
     host = _host(folder) if lossy else None

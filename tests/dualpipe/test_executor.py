@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import world
 from dualpipe import METHODS, PipelineError, Schedule
@@ -10,6 +11,8 @@ from pipelines import Part, perceptrons, sequential, squared
 from torch import nn
 
 WIDTH = 8
+PRELOAD = ["torch._dynamo"]
+"""Checkpoints import it."""
 
 
 def rows_of(count: int, *, width: int = WIDTH, sizes=(2,), seed: int = 0) -> list:
@@ -41,12 +44,6 @@ def every_schedule(rank: int, size: int) -> dict[str, float]:
         assert not part.executor.stages[part.places[0]].flights
         part.executor.close()
     return found
-
-
-def test_every_schedule_equals_a_sequential_run():
-    for found in world.run(every_schedule, 4):
-        assert set(found) == set(METHODS)
-        assert max(found.values()) < 1e-13
 
 
 class Several(nn.Module):
@@ -202,10 +199,11 @@ class Gated(nn.Module):
         return torch.sigmoid(self.linear(x)) * x
 
 
-def how_batches_are_cut(rank: int, size: int) -> None:
+def how_batches_are_cut(rank: int, size: int) -> list[float]:
     """Whole tensors cut along a dimension, inputs that need gradients, changing shapes, given ones."""
     schedule = Schedule.generate("1f1b", size, 2 * size)
     m = schedule.num_micro_batches
+    found = []
     expected, stages = seeded(Gated, size), seeded(Gated, size)
     part = Part(rank, stages, schedule, batch_dim=1)
     for length, batch in ((3, 2 * m), (5, 2 * m + 1), (3, 2 * m)):
@@ -225,7 +223,7 @@ def how_batches_are_cut(rank: int, size: int) -> None:
             criterion=squared,
             return_outputs=True,
         )
-        assert part.check(result, losses, expected) < 1e-13
+        found.append(part.check(result, losses, expected))
         if rank == 0:
             torch.testing.assert_close(weight.grad, reference)
         if rank == size - 1:
@@ -237,8 +235,14 @@ def how_batches_are_cut(rank: int, size: int) -> None:
     rows = rows_of(m)
     expected = perceptrons(size)
     losses, _ = sequential(expected, rows)
-    assert part.check(part.step(rows), losses, expected) < 1e-13
+    found.append(part.check(part.step(rows), losses, expected))
+    # Another number of micro-batches.
+    other = Schedule.generate("1f1b", size, 3)
+    rows = rows_of(3, seed=1)
+    more, _ = sequential(expected, rows)
+    found.append(part.check(part.step(rows, schedule=other), more, expected, other))
     part.executor.close()
+    return found
 
 
 def refusals(rank: int, size: int) -> list[str]:
@@ -276,6 +280,7 @@ def refusals(rank: int, size: int) -> list[str]:
 
 def everything(rank: int, size: int) -> dict:
     return {
+        "schedules": every_schedule(rank, size),
         "steps": what_steps_take(rank, size),
         "stages": kinds_of_stages(rank, size),
         "cut": how_batches_are_cut(rank, size),
@@ -283,9 +288,35 @@ def everything(rank: int, size: int) -> dict:
     }
 
 
-def test_what_a_step_takes():
-    for found in world.run(everything, 4):
-        assert max(found["steps"] + found["stages"]) < 1e-13
+@pytest.fixture(scope="module")
+def ranks() -> list[dict]:
+    """What every rank of one world has found; all of it has been compared there already."""
+    return world.run(everything, 4)
+
+
+def test_every_schedule_equals_a_sequential_run(ranks):
+    for found in ranks:
+        assert set(found["schedules"]) == set(METHODS)
+        assert max(found["schedules"].values()) < 1e-13
+
+
+def test_what_a_step_takes(ranks):
+    for found in ranks:
+        assert max(found["steps"]) < 1e-13
+
+
+def test_kinds_of_stages(ranks):
+    for found in ranks:
+        assert max(found["stages"]) < 1e-13
+
+
+def test_how_batches_are_cut(ranks):
+    for found in ranks:
+        assert max(found["cut"]) < 1e-13
+
+
+def test_refusals(ranks):
+    for found in ranks:
         assert found["refusals"] == [
             "criterion",
             "batch_size",

