@@ -18,7 +18,7 @@ import contextlib
 import gc
 import time
 import warnings
-from collections import defaultdict
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +30,8 @@ from dualpipe.instruction import Instruction, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch import nn
 
     from dualpipe.executor.backward import WeightPart
     from dualpipe.executor.plan import Plan
@@ -50,6 +52,11 @@ class _NotCapturable(Exception):  # noqa: N818 - a reason, not a fault
 
 class GraphedStage(Stage):
     """A stage whose instructions are replayed once they have been captured."""
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """The stage's module and all that are in it."""
+        return list(self.module.modules())
 
     slots: Slots | None = None
     """What has been captured; None runs the stage as it is."""
@@ -233,6 +240,7 @@ class Graphs:
         self._plan: Plan | None = None
         self._states: dict[tuple[int, int], Any] = {}
         self._num_eager = 0
+        self._idle = False
         self._slots: dict[tuple[int, int], Slots] | None = None
         self._grads: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.why: dict[tuple[int, int], str] = {}
@@ -247,6 +255,8 @@ class Graphs:
         if not settings.training:
             self._use({})
             return
+        if self._idle and plan is self._plan:
+            return
         states = {key: _state(stage) for key, stage in self._stages.items()}
         if plan is not self._plan or states != self._states:
             self._drop()
@@ -257,6 +267,8 @@ class Graphs:
                 return
             computations = tuple(i for i in instructions if i.kind.computes)
             self._slots = self._capture_all(computations, settings)
+            # Nothing that may change later would make graphs worth it.
+            self._idle = all("no limit" in self.why.get(key, "") for key in self._stages)
         self._reattach()
         self._use(self._slots)
 
@@ -275,6 +287,7 @@ class Graphs:
         self._use({})
         self._slots = None
         self._num_eager = 0
+        self._idle = False
         self._grads = []
         self.why = {}
         self.num_bytes = 0
@@ -522,16 +535,18 @@ def _tensor_pairs(
 
 def _state(stage: GraphedStage) -> Any:
     """Everything that a capture depends on, cheap enough to ask for at every step."""
-    tensors = tuple(
-        (t.data_ptr(), t.requires_grad)
-        for group in (stage.module.parameters(), stage.module.buffers())
-        for t in group
-    )
+    found: list[Any] = []
+    for module in stage.modules:
+        found.append(module.training)
+        found += map(id, module._modules.values())
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    found += (tensor.data_ptr(), tensor.requires_grad)
     settings = stage.settings
     given = [(f.kwargs, f.labels) for f in stage.flights if f.kwargs or f.labels]
     return (
-        tensors,
-        tuple(module.training for module in stage.module.modules()),
+        found,
         settings.criterion if stage.is_last else None,
         settings.loss_scale,
         torch.is_autocast_enabled("cuda"),
@@ -554,11 +569,15 @@ _MODULE_HOOKS = (
 
 def _hooks(stage: GraphedStage) -> str:
     """What the user has hung on a stage, in words; empty if nothing."""
-    found: dict[str, int] = defaultdict(int)
-    for module in stage.module.modules():
-        for name in _MODULE_HOOKS:
-            found["module hooks"] += bool(getattr(module, name))
-    for parameter in stage.module.parameters():
-        found["post-accumulate hooks"] += bool(parameter._post_accumulate_grad_hooks)
-        found["tensor hooks"] += bool(parameter._backward_hooks)
-    return " and ".join(name for name, count in found.items() if count)
+    found = set()
+    for module in stage.modules:
+        if any(getattr(module, name) for name in _MODULE_HOOKS):
+            found.add("module hooks")
+        for parameter in module._parameters.values():
+            if parameter is None:
+                continue
+            if parameter._post_accumulate_grad_hooks:
+                found.add("post-accumulate hooks")
+            if parameter._backward_hooks:
+                found.add("tensor hooks")
+    return " and ".join(sorted(found))

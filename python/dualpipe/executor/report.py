@@ -79,8 +79,8 @@ class StepReport:
         """Medians for every stage, and links, as :meth:`Schedule.simulate` takes them.
 
         Where a stage has only run I and W, B is their sum; where only B, I and W are its halves.
-        A link's latency is the median of what receivers that waited saw between the end of what
-        made a message and the start of what took it; 0 where nobody ever waited.
+        A link's latency is the least that a receiver which waited saw between the end of what made
+        a message and the start of what took it; 0 where nobody ever waited.
         """
         times: dict[tuple[Kind, int], list[float]] = defaultdict(list)
         pairs: dict[int, list[float]] = defaultdict(list)
@@ -248,7 +248,7 @@ class StepReport:
                     made[kind == Kind.F, *span.instruction[1:]] = rank, span.end_s
         seen: dict[tuple[int, int], list[float]] = defaultdict(list)
         for rank, spans in enumerate(self.spans):
-            free = 0.0
+            free = spans[0].start_s if spans else 0.0
             for span in spans:
                 _, stage, micro_batch, copy = span.instruction
                 kind = plain_kind(span)
@@ -260,7 +260,7 @@ class StepReport:
                 free = span.end_s
         latency = np.zeros((len(self.spans), len(self.spans)))
         for link, found in seen.items():
-            latency[link] = max(median(found), 0.0)
+            latency[link] = max(min(found), 0.0)
         return latency
 
 
