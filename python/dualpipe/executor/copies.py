@@ -61,6 +61,7 @@ class Copies:
             part = self._own if len(stages) == 1 else self._tied
             part.setdefault(stages[0], []).append(parameter)
         self._started: set[int] = set()
+        self._ended: list[_Reduction] = []
         self._under_way: dict[int, list[_Reduction]] = {}
         self._reduced: list[tuple[torch.Tensor, weakref.ref[torch.Tensor], int]] = []
 
@@ -120,7 +121,9 @@ class Copies:
     def wait(self, stage: int) -> None:
         """WAIT_REDUCE_GRAD: waits for it."""
         for reduction in self._under_way[stage]:
-            self._take(reduction)
+            with waiting(self._limit_s):
+                reduction.wait()
+            self._ended.append(reduction)
         del self._under_way[stage]
 
     def finish(self) -> None:
@@ -130,18 +133,18 @@ class Copies:
                 self.start(stage)
         for stage in sorted(self._under_way):
             self.wait(stage)
-        self._started.clear()
         for stage in sorted(self._tied):
             self._under_way[stage] = [_Reduction(self._tied[stage], self._groups[stage])]
             self.wait(stage)
-
-    def _take(self, reduction: _Reduction) -> None:
-        with waiting(self._limit_s):
-            reduction.wait()
-        for parameter in reduction.parameters[:1]:
-            if parameter.grad is not None:
-                grad = parameter.grad
-                self._reduced.append((parameter, weakref.ref(grad), grad._version))
+        for reduction in self._ended:
+            reduction.forget_absent()
+            for parameter in reduction.parameters:
+                if (grad := parameter.grad) is not None:
+                    # One of a stage tells whether somebody has cleared them since.
+                    self._reduced.append((parameter, weakref.ref(grad), grad._version))
+                    break
+        self._ended.clear()
+        self._started.clear()
 
     def reset(self) -> None:
         """Drops what is under way."""
@@ -150,6 +153,7 @@ class Copies:
                 reduction.drop()
         self._under_way = {}
         self._started.clear()
+        self._ended.clear()
 
     def close(self) -> None:
         """Ends the groups."""
@@ -178,7 +182,9 @@ class _Reduction:
         here = [parameter.grad is not None for parameter in self.parameters]
         self._lacking = [at for at, present in enumerate(here) if not present]
         device = self.parameters[0].device
-        self._present = torch.tensor(here, dtype=torch.int32, device=device)
+        # Pinned, so that the host does not wait for the GPU in the middle of a step.
+        pinned = torch.tensor(here, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._present = pinned.to(device, non_blocking=True)
         self._start(self._present, group)
         small: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for parameter in self.parameters:
@@ -212,6 +218,9 @@ class _Reduction:
             parts = torch.split(flat, [grad.numel() for grad in grads])
             for grad, part in zip(grads, parts, strict=True):
                 grad.copy_(part.view_as(grad))
+
+    def forget_absent(self) -> None:
+        """Gives parameters without a gradient on any copy none, at the end of a step."""
         if self._lacking:
             present = self._present.tolist()
             for at in self._lacking:
