@@ -1,0 +1,591 @@
+"""Runs any schedule on the ranks of a process group.
+
+Letters: P ranks, S stages, C copies of every stage, M micro-batches of all copies together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+import uuid
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, overload
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dualpipe.errors import MismatchError, PeerLostError, PipelineError, ScheduleError
+from dualpipe.executor.agreement import Agreement
+from dualpipe.executor.boundary import given_boundaries
+from dualpipe.executor.copies import Copies
+from dualpipe.executor.graphs import Graphs
+from dualpipe.executor.groups import given_group
+from dualpipe.executor.microbatches import merge, signature
+from dualpipe.executor.pair import Streams, has_hook
+from dualpipe.executor.places import device_of, group_ranks, held_stages
+from dualpipe.executor.plan import Batch, Plan, find_boundaries
+from dualpipe.executor.report import StepReport
+from dualpipe.executor.seeds import unseeded
+from dualpipe.executor.stage import Settings
+from dualpipe.executor.stream import Stream
+from dualpipe.executor.timeline import Recorder
+from dualpipe.executor.transport import make_transport
+from dualpipe.executor.watch import Doing, Watch, find_store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+    from torch import nn
+    from torch.distributed.distributed_c10d import Store
+
+    from dualpipe.executor.boundary import Boundary
+    from dualpipe.executor.transport.base import TensorSpec, Transport
+    from dualpipe.schedule import Costs, Schedule
+
+__all__ = ["PipelineExecutor", "StepResult"]
+
+
+_MAX_PLANS = 64
+"""Plans are kept for so many combinations of shapes."""
+
+
+class StepResult(NamedTuple):
+    """What a step gives to a rank."""
+
+    losses: torch.Tensor | None
+    """The losses of the micro-batches whose last stage is on this rank, in their order, `[M]` or
+    a copy's part of it, free of the graph; None without a criterion or a last stage."""
+    outputs: torch.Tensor | tuple[torch.Tensor | None, ...] | None
+    """Their outputs, put together along the batch dimension; a tuple if the stage returns one."""
+
+
+class PipelineExecutor:
+    """Runs the instruction streams of a schedule: one training or inference step at a time.
+
+    Every rank of the group makes one, at the same time, with the same schedule.
+
+    Args:
+        stages: This rank's modules: a mapping from stage to module (from stage and copy, where
+            the schedule has copies), or the modules in the order of copy, then stage. The group's
+            rank r is pipeline rank ``ranks[r]``.
+        schedule: Who computes what when. Without transfers they are placed first.
+        group: P ranks; by default the default group. Messages go through groups of its members
+            that the executor makes for itself.
+        ranks: The pipeline rank of each rank of the group, `[P]`; by default the same.
+        batch_dim: Along which dimension inputs, labels and outputs are batches.
+        boundaries: What crosses from stage to stage for one micro-batch: a list of
+            :class:`TensorSpec` for all boundaries, or a list of those for each. By default it is
+            found by a dry forward, once for every combination of input shapes.
+        gradients: ``"sum"`` of the micro-batches' gradients, as published, or their ``"mean"``.
+        reduce_copies: Sum the gradients of a stage's copies, once per optimizer step, and check
+            before the first that the copies are equal.
+        transport: ``"auto"``, ``"gloo"``, or a transport that is made already.
+        device: Where inputs of stages live; by default where the first parameter does.
+        limit_s: How long a wait for another rank may last.
+        store: Lives in no rank; through it ranks find out which of them is lost. By default
+            torchrun's, which lives in its agent; without one, errors name the neighbour alone.
+        seed: Seed every forward by this, the step, stage and micro-batch
+            (:func:`~dualpipe.executor.seed_of`), so that dropout does not depend on the schedule.
+        graphs: On GPUs, run stages as CUDA graphs: always, never, or with ``"auto"`` where their
+            launches are the limit; see :class:`~dualpipe.executor.graphs.Graphs`.
+        measure: Measure every step, for :meth:`report`; the attribute may be set between steps.
+
+    Raises:
+        PipelineError: ``no_group``, ``group_size``, ``ranks``, ``stages``, ``gradients``,
+            ``transport``.
+    """
+
+    def __init__(
+        self,
+        stages: Mapping[Any, nn.Module] | Sequence[nn.Module],
+        schedule: Schedule,
+        group: dist.ProcessGroup | None = None,
+        *,
+        ranks: Sequence[int] | None = None,
+        batch_dim: int = 0,
+        boundaries: Sequence[TensorSpec] | Sequence[Sequence[TensorSpec]] | None = None,
+        gradients: str = "sum",
+        reduce_copies: bool = True,
+        transport: str | Transport = "auto",
+        device: torch.device | None = None,
+        limit_s: float = 300.0,
+        store: Store | None = None,
+        seed: int | None = None,
+        graphs: bool | str = "auto",
+        measure: bool = False,
+    ) -> None:
+        self.group = given_group(group)
+        self.schedule = schedule
+        self.batch_dim = batch_dim
+        self.boundaries = boundaries
+        self.seed = seed
+        store = find_store(store)
+        self._agreement = Agreement(self.group, limit_s)
+        kinds = {
+            "transport": transport if isinstance(transport, str) else type(transport).__name__,
+            "reduce_copies": reduce_copies,
+            "store": store is not None,
+        }
+        token = self._settle(stages, ranks, gradients, graphs, kinds)
+        self.device = device or device_of(stage.module for stage in self.stages.values())
+        self.transport = make_transport(transport, self.group, self.device, limit_s)
+        self._copies = self._make_copies(limit_s) if reduce_copies else None
+        self._compared = False
+        self._streams = Streams(self.device)
+        self._plans: dict[Any, Plan] = {}
+        self._prepared: Plan | None = None
+        self._digests: dict[int, tuple[Schedule, str]] = {}
+        self._running: Stream | None = None
+        self._broken: BaseException | None = None
+        self._closed = False
+        self._watch = Watch(store, token, self.rank, schedule.num_ranks, limit_s, self._doing)
+        self._recorder = Recorder(self.device, measure=measure)
+        self.graphs = Graphs(self.stages, self.device, graphs)
+        """The stages' CUDA graphs."""
+        self._measured: tuple[Schedule, list[Any]] | None = None
+        self.num_steps = 0
+        """Steps that were started."""
+
+    def step(
+        self,
+        *inputs: Any,
+        labels: Sequence[Any] = (),
+        criterion: Callable[..., torch.Tensor] | None = None,
+        kwargs: Mapping[Any, Any] | None = None,
+        return_outputs: bool = False,
+        accumulate: bool = False,
+        schedule: Schedule | None = None,
+    ) -> StepResult:
+        """One step, on all ranks at the same time; under ``torch.no_grad()`` forwards only.
+
+        Tensors are cut into micro-batches along ``batch_dim``, as even as can be, the longer ones
+        first; :class:`~dualpipe.executor.MicroBatches` are taken as they are. Gradients are added
+        to those that parameters have.
+
+        Args:
+            inputs: Of the micro-batches whose first stage is on this rank; of all copies in a row
+                if it is for several. Inputs that need a gradient get it at the end of the step.
+            labels: Of the micro-batches whose last stage is on this rank.
+            criterion: ``criterion(*outputs, *labels)`` gives the loss of a micro-batch, one
+                element. Needed where there is a last stage, in training.
+            kwargs: Keyword arguments of this rank's stages: one mapping for all of them, or a
+                mapping for each by stage, or by stage and copy.
+            return_outputs: Return the outputs of the last stage as well.
+            accumulate: Other steps follow before the optimizer's: leave the gradients of copies
+                alone until the last.
+            schedule: Another schedule with the same placement for this step.
+
+        Raises:
+            PipelineError: On every rank, before anything is sent, where an argument cannot be;
+                ``boundary`` where a stage returns other shapes than those agreed on.
+            MismatchError: Ranks do not agree on the schedule, mode or boundaries.
+            PeerLostError: A rank is gone, stopped, too late, or has raised. Every rank raises it,
+                at most ``limit_s`` and 2 s after; it names the ranks at fault.
+        """
+        if self._broken is not None:
+            raise PipelineError(
+                code="broken",
+                argument="executor",
+                got="its last step broke off",
+                expected="one whose steps have ended",
+                hint="close it and make a new one",
+            ) from self._broken
+        training = torch.is_grad_enabled()
+        schedule = self.schedule if schedule is None else schedule
+        reducing = training and not accumulate and self._copies is not None
+        agreed = False
+        try:
+            plan, batch = self._agree(
+                schedule, inputs, labels, criterion, kwargs or {}, training, reducing
+            )
+            agreed = True
+            settings = Settings(
+                training=training,
+                criterion=criterion,
+                loss_scale=1 / schedule.num_micro_batches if self._mean else 1.0,
+                return_outputs=return_outputs,
+                seed=None if self.seed is None else (self.seed, self.num_steps),
+            )
+            self.num_steps += 1
+            for (_, copy), stage in self.stages.items():
+                first_micro_batch = sum(schedule.micro_batches[:copy])
+                stage.begin(settings, plan.flights(stage, batch), first_micro_batch)
+            with unseeded(self.seed is not None, self.device):
+                self._run(plan, self._stream(plan, training, reducing), settings)
+            return self._result(batch, settings)
+        except PeerLostError as error:
+            raise self._break_off(error) from error
+        except BaseException as error:
+            # What is refused before anything is sent is refused by every rank.
+            if agreed or not isinstance(error, (PipelineError, ScheduleError)):
+                self._break_off(error)
+            raise
+        finally:
+            self._running = None
+            for stage in self.stages.values():
+                stage.reset()
+
+    @property
+    def measure(self) -> bool:
+        """Whether steps are measured; may be set between steps, on all ranks."""
+        return self._recorder.measure
+
+    @measure.setter
+    def measure(self, value: bool) -> None:
+        self._recorder.measure = value
+
+    def report(self, costs: Costs | None = None) -> StepReport:
+        """The last measured step of all ranks, beside what is predicted for it.
+
+        Args:
+            costs: What to predict by, in microseconds; by default what was measured itself.
+
+        Raises:
+            PipelineError: ``not_measured``.
+        """
+        if self._measured is None:
+            raise PipelineError(
+                code="not_measured",
+                argument="measure",
+                got="no step that was measured",
+                expected="True during a step",
+                hint="set executor.measure = True",
+            )
+        schedule, every = self._measured
+        return StepReport(
+            schedule,
+            tuple(tuple(spans) for spans, _ in every),
+            tuple(note for _, notes in every for note in notes),
+            costs,
+        )
+
+    def close(self, *, drop: bool = False) -> None:
+        """Ends the executor and its groups; the group it was given is left alone.
+
+        Args:
+            drop: Do not wait for anything: a rank is gone.
+        """
+        self._watch.close()
+        self._close_groups(drop=drop)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(drop=error is not None)
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Takes part in a step by refusing it, so that no other rank waits for this one.
+
+        Raises:
+            Exception: The one given; on the other ranks, whose :meth:`step` it refuses, a
+                :class:`PipelineError` that says so.
+        """
+        self._agreement.exchange({}, error)
+        raise error
+
+    # When a step breaks off
+
+    def _doing(self) -> Doing:
+        """What this rank is at."""
+        stream, peer = self._running, self.transport.waiting_for
+        if stream is None:
+            return Doing(None)
+        rank = None if peer is None else self._group_ranks.index(peer)
+        return Doing(str(stream.instructions[stream.at]), rank)
+
+    @overload
+    def _break_off(self, error: PeerLostError) -> PeerLostError: ...
+    @overload
+    def _break_off(self, error: BaseException) -> BaseException: ...
+    def _break_off(self, error: BaseException) -> BaseException:
+        """Lets the other ranks know, and finds out from them who is lost."""
+        self._broken = error
+        doing = self._doing()
+        if isinstance(error, PeerLostError) and error.peer is not None:
+            doing = doing._replace(peer=self._group_ranks.index(error.peer))
+        self._watch.broke_off(error, doing)
+        self._close_groups(drop=True)
+        return self._watch.judge(error, doing) if isinstance(error, PeerLostError) else error
+
+    def _close_groups(self, *, drop: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for stage in self.stages.values():
+            stage.reset()
+        if self._copies is not None:
+            self._copies.close()
+        self.transport.close(drop=drop)
+        self._agreement.close()
+
+    # The parts of a step
+
+    def _settle(
+        self,
+        stages: Mapping[Any, nn.Module] | Sequence[nn.Module],
+        ranks: Sequence[int] | None,
+        gradients: str,
+        graphs: bool | str,
+        kinds: Mapping[str, Any],
+    ) -> str:
+        """Takes what this rank was given, if no rank refuses; a name that all ranks share."""
+        own: Any = uuid.uuid4().hex
+        try:
+            self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
+            _one_of("graphs", graphs, (True, False, "auto"))
+            self._group_ranks = group_ranks(ranks, self.schedule.num_ranks, self.group.size())
+            self.rank = self._group_ranks.index(self.group.rank())
+            self.stages = held_stages(stages, self.schedule, self.rank)
+        except PipelineError as error:
+            own = error
+        placement = self.schedule.placement.tolist()
+        try:
+            name: str = self._agreement.exchange({"placement": placement, **kinds}, own)[0]
+        except PipelineError:
+            self._agreement.close()
+            raise
+        return name
+
+    def _agree(
+        self,
+        schedule: Schedule,
+        inputs: Sequence[Any],
+        labels: Sequence[Any],
+        criterion: Callable[..., torch.Tensor] | None,
+        kwargs: Mapping[Any, Any],
+        training: bool,
+        reducing: bool,
+    ) -> tuple[Plan, Batch]:
+        """The plan that all ranks have agreed on, and this rank's micro-batches."""
+        batch = None
+        own: Any
+        try:
+            self._check(schedule, criterion, training)
+            batch = Batch(
+                self.stages,
+                schedule.micro_batches,
+                self.batch_dim,
+                inputs=inputs,
+                labels=labels,
+                kwargs=kwargs,
+            )
+            own = signature(inputs), signature(kwargs)
+            if training and self._copies is not None:
+                self._copies.begin()
+        except PipelineError as error:
+            own = error
+        equal = {
+            "num_micro_batches": schedule.num_micro_batches,
+            "schedule": self._digest(schedule),
+            "training": training,
+            "boundaries": repr(self.boundaries),
+            "reducing": reducing,
+            "autocast": _autocast(self.device),
+            "gradients": "mean" if self._mean else "sum",
+        }
+        alike = {"measure": self.measure, "seed": self.seed}
+        every = self._agreement.exchange({**equal, **alike}, own)
+        assert batch is not None
+        key = (*equal.values(), *every)
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _MAX_PLANS:
+                del self._plans[next(iter(self._plans))]
+            plan = self._plans[key] = self._make_plan(schedule, batch, training)
+        if reducing and not self._compared:
+            self._compare_copies()
+        return plan, batch
+
+    def _check(
+        self, schedule: Schedule, criterion: Callable[..., Any] | None, training: bool
+    ) -> None:
+        if schedule is not self.schedule and not np.array_equal(
+            schedule.placement, self.schedule.placement
+        ):
+            raise PipelineError(
+                code="placement",
+                argument="schedule",
+                got=repr(schedule),
+                expected=f"one with the placement of {self.schedule!r}",
+            )
+        if not training:
+            return
+        if not schedule.has_backward:
+            raise PipelineError(
+                code="no_backward",
+                argument="schedule",
+                got=repr(schedule),
+                expected="one with backwards",
+                hint="it is for steps under torch.no_grad()",
+            )
+        if criterion is None and any(stage.is_last for stage in self.stages.values()):
+            raise PipelineError(
+                code="criterion",
+                argument="criterion",
+                got="None",
+                expected="a loss function, since the last stage is on this rank",
+            )
+
+    def _make_plan(self, schedule: Schedule, batch: Batch, training: bool) -> Plan:
+        if not training and schedule.has_backward:
+            schedule = schedule.forward_only()
+        if not schedule.has_transfers:
+            schedule = schedule.place_transfers()
+        boundaries: Mapping[tuple[int, int], Sequence[Boundary]]
+        crosses = any(len(set(row)) > 1 for row in schedule.placement.tolist())
+        if self.boundaries is not None or not crosses:
+            given = given_boundaries(self.boundaries or [], schedule.num_stages, training=training)
+            boundaries = {
+                (copy, m): given
+                for copy, count in enumerate(schedule.micro_batches)
+                for m in range(count)
+            }
+        else:
+            boundaries = find_boundaries(
+                self.stages,
+                schedule.placement.tolist(),
+                batch,
+                self._exchange,
+                self.device,
+                training=training,
+            )
+        return Plan(schedule, boundaries)
+
+    def _exchange(self, own: Any) -> list[Any]:
+        """What every pipeline rank gave, in their order."""
+        every = self._agreement.exchange({}, own)
+        return [every[rank] for rank in self._group_ranks]
+
+    def _compare_copies(self) -> None:
+        """Refuses the step on every rank, where copies of any stage differ."""
+        assert self._copies is not None
+        own = None
+        try:
+            self._copies.check_equal()
+        except MismatchError as error:
+            own = error
+        self._agreement.exchange({}, own)
+        self._compared = True
+
+    def _stream(self, plan: Plan, training: bool, reducing: bool) -> Stream:
+        stream = plan.streams.get(reducing)
+        if stream is None:
+            for stage in self.stages.values():
+                others = self.stages.values()
+                stage.keeps_outputs = any(has_hook(other, stage) for other in others)
+            placement = plan.schedule.placement
+            peers = {
+                (stage, copy): self._group_ranks[placement[copy, stage]]
+                for copy in range(plan.schedule.num_copies)
+                for stage in range(plan.schedule.num_stages)
+            }
+            stream = plan.streams[reducing] = Stream(
+                plan.schedule.instructions(self.rank),
+                self.stages,
+                peers,
+                self._recorder.transport(self.transport),
+                self._copies if reducing else None,
+                self._streams,
+            )
+            stream.actions = self._recorder.actions(stream.instructions, stream.actions)
+        if plan is not self._prepared:
+            self._prepared = None
+            self.transport.prepare(stream.envelopes(training=training))
+            self._prepared = plan
+        return stream
+
+    def _run(self, plan: Plan, stream: Stream, settings: Settings) -> None:
+        self._running = stream
+        with _on(self.device):
+            self.graphs.begin(plan, stream.instructions, settings)
+            self._recorder.begin()
+            stream.run()
+            self._await_end()
+        if self.measure:
+            why = self._notes()
+            self._measured = plan.schedule, self._exchange((self._recorder.spans(), why))
+
+    def _await_end(self) -> None:
+        if self.device.type == "cuda":
+            # Not synchronize: what is lost while the streams run must be found.
+            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            end.record()
+            while not end.query():  # type: ignore[no-untyped-call]
+                self.transport.poll()
+                self._watch.poll()
+                time.sleep(5e-5)
+
+    def _notes(self) -> list[str]:
+        """What did not run as it could on this rank, and why."""
+        notes = [
+            f"rank {self.rank}, stage {stage.index}: {count} weight parts not left for later: {why}"
+            for stage in self.stages.values()
+            for why, count in stage.not_left.items()
+        ]
+        return notes + [
+            f"rank {self.rank}, stage {index}: no CUDA graphs: {why}"
+            for (index, _), why in self.graphs.why.items()
+        ]
+
+    def _result(self, batch: Batch, settings: Settings) -> StepResult:
+        last = [stage for stage in self.stages.values() if stage.is_last]
+        losses = [loss.detach() for s in last for loss in s.losses if loss is not None]
+        results = [result for stage in last for result in stage.results]
+        if settings.training:
+            first = (stage for stage in self.stages.values() if stage.is_first)
+            batch.give_back([grad for s in first for grads in s.given_grads for grad in grads])
+        return StepResult(
+            torch.stack(losses) if losses else None,
+            merge(results, self.batch_dim) if last and settings.return_outputs else None,
+        )
+
+    def _make_copies(self, limit_s: float) -> Copies | None:
+        if self.schedule.num_copies == 1:
+            return None
+        placement = self.schedule.placement.tolist()
+        ranks = dist.get_process_group_ranks(self.group)
+        return Copies(
+            {stage.index: stage.module for stage in self.stages.values()},
+            {
+                index: tuple(ranks[self._group_ranks[row[index]]] for row in placement)
+                for index, _ in self.stages
+            },
+            limit_s,
+        )
+
+    def _digest(self, schedule: Schedule) -> str:
+        """The schedule in one line: what it is, and a hash of all of it."""
+        known = self._digests.get(id(schedule))
+        if known is None or known[0] is not schedule:
+            content = hashlib.blake2b(schedule.text().encode(), digest_size=8).hexdigest()
+            known = self._digests[id(schedule)] = schedule, f"{schedule!r} {content}"
+        return known[1]
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _autocast(device: torch.device) -> str | None:
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return str(torch.get_autocast_dtype(device.type))
+
+
+def _one_of(argument: str, value: Any, known: tuple[Any, ...]) -> Any:
+    if value not in known:
+        raise PipelineError(
+            code=argument,
+            argument=argument,
+            got=repr(value),
+            expected=" or ".join(map(str, known)),
+        )
+    return value

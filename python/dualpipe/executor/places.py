@@ -1,0 +1,99 @@
+"""Which rank of a group holds which stages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dualpipe.errors import PipelineError
+from dualpipe.executor.graphs import GraphedStage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import nn
+
+    from dualpipe.executor.stage import Stage
+    from dualpipe.schedule import Schedule
+
+__all__ = ["device_of", "group_ranks", "held_stages"]
+
+
+def group_ranks(ranks: Sequence[int] | None, num_ranks: int, group_size: int) -> list[int]:
+    """The group's rank of every pipeline rank, `[P]`.
+
+    Args:
+        ranks: The pipeline rank of each rank of the group; None where they are the same.
+        num_ranks: P.
+        group_size: How many ranks the group has.
+
+    Raises:
+        PipelineError: ``group_size``, ``ranks``.
+    """
+    if group_size != num_ranks:
+        raise PipelineError(
+            code="group_size",
+            argument="group",
+            got=f"{group_size} ranks",
+            expected=f"{num_ranks}, as the schedule has",
+        )
+    given = list(range(num_ranks)) if ranks is None else list(ranks)
+    if sorted(given) != list(range(num_ranks)):
+        raise PipelineError(
+            code="ranks",
+            argument="ranks",
+            got=repr(given),
+            expected=f"every pipeline rank from 0 to {num_ranks - 1} once",
+        )
+    return [given.index(rank) for rank in range(num_ranks)]
+
+
+def held_stages(
+    given: Mapping[Any, nn.Module] | Sequence[nn.Module], schedule: Schedule, rank: int
+) -> dict[tuple[int, int], Stage]:
+    """The stages of a pipeline rank, by stage and copy, in the order of copy, then stage.
+
+    Args:
+        given: Modules in that order, or by stage, or by stage and copy.
+        schedule: Says where stages live.
+        rank: The pipeline rank.
+
+    Raises:
+        PipelineError: ``stages``.
+    """
+    placement = schedule.placement.tolist()
+    places = [
+        (stage, copy)
+        for copy, row in enumerate(placement)
+        for stage, holder in enumerate(row)
+        if holder == rank
+    ]
+    if isinstance(given, Mapping):
+        modules = {key if isinstance(key, tuple) else (key, 0): m for key, m in given.items()}
+    else:
+        modules = dict(zip(places, given, strict=False)) if len(given) == len(places) else {}
+    if sorted(modules) != sorted(places):
+        raise PipelineError(
+            code="stages",
+            argument="stages",
+            got=f"modules for {sorted(modules)}" if modules else f"{len(given)} modules",
+            expected=f"one for each stage and copy on pipeline rank {rank}: {places}",
+        )
+    stages: dict[tuple[int, int], Stage] = {
+        (stage, copy): GraphedStage(modules[stage, copy], stage, copy, schedule.num_stages)
+        for stage, copy in places
+    }
+    for (index, copy), stage in stages.items():
+        stage.previous = stages.get((index - 1, copy))
+        stage.next = stages.get((index + 1, copy))
+    return stages
+
+
+def device_of(modules: Iterable[nn.Module]) -> torch.device:
+    """Where the first parameter of modules lives; the CPU where there is none."""
+    for module in modules:
+        for parameter in module.parameters():
+            return parameter.device
+    return torch.device("cpu")

@@ -1,0 +1,300 @@
+"""The executor on two GPUs: pushes and NCCL, with CUDA graphs and without, and a lost process."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
+
+MICRO_BATCHES, SIZE, SEQUENCE, HIDDEN = 20, 3, 256, 512
+LIMIT_S = 5.0
+TRANSPORTS = ("push", "nccl")
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = torch.nn.Linear(HIDDEN, 4 * HIDDEN)
+        self.norm = torch.nn.LayerNorm(HIDDEN)
+        self.narrow = torch.nn.Linear(4 * HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, x):
+        return x + self.narrow(torch.nn.functional.gelu(self.wide(self.norm(x))))
+
+
+def criterion(output, target):
+    return torch.nn.functional.mse_loss(output, target).clone()
+
+
+def model(num_stages, device):
+    torch.manual_seed(233)
+    with torch.device(device):
+        return torch.nn.Sequential(*[Block() for _ in range(num_stages)])
+
+
+def batch(device):
+    source = torch.Generator().manual_seed(5)
+    shape = (MICRO_BATCHES * SIZE, SEQUENCE, HIDDEN)
+    return [torch.randn(shape, generator=source).to(device) for _ in range(2)]
+
+
+def sequential(blocks, x, y):
+    """Losses, outputs and gradients without a pipeline."""
+    losses, outputs = [], []
+    for part, target in zip(x.chunk(MICRO_BATCHES), y.chunk(MICRO_BATCHES), strict=True):
+        output = blocks(part)
+        loss = criterion(output, target)
+        loss.backward()
+        losses.append(loss.detach())
+        outputs.append(output.detach())
+    return torch.stack(losses), torch.cat(outputs)
+
+
+def difference(x, y):
+    x, y = x.double(), y.double()
+    whole = (x * x + y * y).sum().item()
+    return 1 - 2 * (x * y).sum().item() / whole if whole else 0.0
+
+
+def worst_difference(own, blocks, stages, num_copies):
+    """Of the gradients' sums over copies, from the sequential ones."""
+    import torch.distributed as dist
+
+    worst = 0.0
+    for stage in sorted({stage for stage, _ in stages}):
+        pairs = zip(own[stage].parameters(), blocks[stage].parameters(), strict=True)
+        for parameter, wanted in pairs:
+            grad = parameter.grad.cpu()
+            if num_copies > 1:
+                dist.all_reduce(grad)
+            worst = max(worst, difference(grad, wanted.grad.cpu()))
+    return worst
+
+
+def start(rank, folder):
+    import torch.distributed as dist
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    store = f"file://{folder}/store"
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=store, rank=rank, world_size=2)
+    return device
+
+
+def run_schedules(rank, folder):
+    """Every way of running against the sequential run; a line for each."""
+    import itertools
+
+    import torch.distributed as dist
+    from dualpipe import Schedule
+    from dualpipe.executor import PipelineExecutor
+
+    device = start(rank, folder)
+    x, y = batch(device)
+    lines = []
+    ways = [("dualpipe", *way) for way in itertools.product(TRANSPORTS, (False, True))] + [
+        ("dualpipev", *way) for way in itertools.product(TRANSPORTS, (False, True))
+    ]
+    ways += [
+        (method, "push", graphs) for method in ("zbv", "1f1b", "zb_h1") for graphs in (False, True)
+    ]
+    ways += [("chimera", "auto", "auto")]
+    for method, transport, graphs in ways:
+        schedule = Schedule.generate(method, 2, MICRO_BATCHES)
+        blocks = model(schedule.num_stages, device)
+        losses, outputs = sequential(blocks, x, y)
+        own = model(schedule.num_stages, device)
+        placement = schedule.placement.tolist()
+        stages = {
+            (stage, copy): own[stage]
+            for copy, ranks in enumerate(placement)
+            for stage, holder in enumerate(ranks)
+            if holder == rank
+        }
+        inputs, labels, ends = [], [], []
+        bounds = [0]
+        for count in schedule.micro_batches:
+            bounds.append(bounds[-1] + count)
+        for copy, ranks in enumerate(placement):
+            part = slice(bounds[copy] * SIZE, bounds[copy + 1] * SIZE)
+            if ranks[0] == rank:
+                inputs.append(x[part])
+            if ranks[-1] == rank:
+                labels.append(y[part])
+                ends.append((bounds[copy], bounds[copy + 1]))
+        given = {
+            "labels": [torch.cat(labels)] if labels else (),
+            "criterion": criterion if labels else None,
+        }
+        with PipelineExecutor(
+            stages,
+            schedule,
+            transport=transport,
+            graphs=graphs,
+            reduce_copies=False,
+            limit_s=60,
+        ) as executor:
+            for step in range(4):
+                for block in own:
+                    # Alternately to None, which the graphs' memory must outlast.
+                    block.zero_grad(set_to_none=step % 2 == 0)
+                result = executor.step(*([torch.cat(inputs)] if inputs else []), **given)
+                same = True
+                if ends:
+                    wanted = torch.cat([losses[a:b] for a, b in ends])
+                    same = torch.equal(result.losses, wanted)
+                worst = worst_difference(own, blocks, stages, schedule.num_copies)
+                lines.append((method, transport, graphs, step, same, worst))
+            with torch.no_grad():
+                result = executor.step(
+                    *([torch.cat(inputs)] if inputs else []), return_outputs=True, **given
+                )
+            if ends:
+                wanted = torch.cat([outputs[a * SIZE : b * SIZE] for a, b in ends])
+                lines.append(
+                    (method, transport, graphs, "eval", torch.equal(result.outputs, wanted), 0.0)
+                )
+            captured = graphs is True and not executor.graphs.why and executor.graphs.num_bytes > 0
+            lines.append(
+                (method, transport, graphs, "captured", captured or graphs is not True, 0.0)
+            )
+            lines.append(
+                (method, executor.transport.name, str(executor.graphs.why), "why", True, 0.0)
+            )
+    dist.destroy_process_group()
+    return lines
+
+
+def run_copies(rank, folder, transport):
+    """Gradients of copies are summed by the executor, and each sum once."""
+    from dualpipe import Schedule
+    from dualpipe.executor import PipelineExecutor
+
+    device = start(rank, folder)
+    x, y = batch(device)
+    schedule = Schedule.generate("dualpipe", 2, MICRO_BATCHES)
+    blocks, own = model(2, device), model(2, device)
+    losses, _ = sequential(blocks, x, y)
+    half = MICRO_BATCHES // 2
+    part = slice(0, half * SIZE) if rank == 0 else slice(half * SIZE, None)
+    other = slice(half * SIZE, None) if rank == 0 else slice(0, half * SIZE)
+    lines = []
+    stages = {(rank, 0): own[rank], (1 - rank, 1): own[1 - rank]}
+    with PipelineExecutor(stages, schedule, transport=transport, limit_s=20) as executor:
+        for step in range(4):
+            own.zero_grad()
+            result = executor.step(x[part], labels=[y[other]], criterion=criterion)
+            wanted = losses.chunk(2)[1 - rank]
+            worst = worst_difference(own, blocks, stages, 1)
+            lines.append(
+                ("copies", transport, "auto", step, torch.equal(result.losses, wanted), worst)
+            )
+    return lines
+
+
+def run_until_killed(rank, folder, transport):
+    """Rank 1 dies within a forward of the third step; what rank 0 raises, and when."""
+    from dualpipe import Schedule
+    from dualpipe.errors import PeerLostError
+    from dualpipe.executor import PipelineExecutor
+
+    device = start(rank, folder)
+    x, y = batch(device)
+    schedule = Schedule.generate("dualpipev", 2, MICRO_BATCHES)
+    own = model(4, device)
+    held = [stage for stage, holder in enumerate(schedule.placement[0]) if holder == rank]
+    calls = [0]
+
+    def die(*_):
+        calls[0] += 1
+        if calls[0] == 2 * MICRO_BATCHES + 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 1:
+        own[held[0]].wide.register_forward_hook(die)
+    executor = PipelineExecutor(
+        {stage: own[stage] for stage in held}, schedule, transport=transport, limit_s=LIMIT_S
+    )
+    given = {"labels": [y], "criterion": criterion} if rank == 0 else {}
+    since = time.monotonic()
+    try:
+        for _ in range(3):
+            since = time.monotonic()
+            executor.step(*([x] if rank == 0 else []), **given)
+    except PeerLostError as error:
+        took = time.monotonic() - since
+        executor.close(drop=True)
+        # The device is as good as before.
+        fine = (torch.ones(64, device=device).sum() == 64).item()
+        return {"peer": error.peer, "took": took, "fine": fine, "text": str(error)}
+    return {"peer": None}
+
+
+def launched(tmp_path, *arguments, limit_s=150):
+    """Both ranks' results; None for one that died."""
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path), *arguments])
+        for rank in range(2)
+    ]
+    end = time.monotonic() + limit_s
+    for process in ranks:
+        try:
+            process.wait(timeout=max(0.1, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    files = [Path(tmp_path) / f"{rank}.json" for rank in range(2)]
+    return [json.loads(f.read_text()) if f.exists() else None for f in files]
+
+
+def test_every_way_equals_the_sequential_run(tmp_path: Path) -> None:
+    found = launched(tmp_path, "schedules")
+    for lines in found:
+        assert lines is not None
+        wrong = [line for line in lines if not line[4] or abs(line[5]) > 1e-13]
+        assert not wrong
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_copies_are_reduced(tmp_path: Path, transport: str) -> None:
+    for lines in launched(tmp_path, "copies", transport):
+        assert lines is not None
+        wrong = [line for line in lines if not line[4] or abs(line[5]) > 1e-13]
+        assert not wrong
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_killed_process_is_named_in_time(tmp_path: Path, transport: str) -> None:
+    survivor, dead = launched(tmp_path, "killed", transport)
+    assert dead is None
+    assert survivor is not None
+    assert survivor["peer"] == 1
+    assert survivor["took"] < LIMIT_S + 2
+    assert survivor["fine"]
+
+
+if __name__ == "__main__":
+    number, place, what, *rest = sys.argv[1:]
+    works = {"schedules": run_schedules, "copies": run_copies, "killed": run_until_killed}
+    work = works[what]
+    # What hangs says where.
+    faulthandler.dump_traceback_later(float(os.environ.get("HANG_S", "140")), exit=True)
+    answer = work(int(number), place, *rest)
+    (Path(place) / f"{number}.json").write_text(json.dumps(answer))
+    sys.stdout.flush()
+    os._exit(0)

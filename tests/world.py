@@ -1,0 +1,184 @@
+"""Worlds of processes for tests: gloo, one thread a rank, results and tracebacks brought home.
+
+A world costs one fresh interpreter and one import of torch, whatever its size: its ranks are
+forked from that interpreter before anything in it has been started (no thread, no store).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+
+def run(function, num_ranks: int, *args, limit_s: float = 240.0) -> list:
+    """What ``function(rank, num_ranks, *args)`` returns on every rank of a world.
+
+    Args:
+        function: A function at the top of a module; it finds the default group made, and may
+            return what pickles. The module may name others in ``PRELOAD`` that its ranks would
+            import, each of them for itself.
+        num_ranks: The size of the world.
+        *args: What pickles.
+        limit_s: When it has passed, every process is ended.
+
+    Raises:
+        AssertionError: A rank raised, died or was not done in time; with every traceback.
+    """
+    return run_each(function, [num_ranks], *args, limit_s=limit_s)[num_ranks]
+
+
+def run_each(function, sizes: list[int], *args, limit_s: float = 240.0) -> dict[int, list]:
+    """As :func:`run`, for several worlds one after the other, at the cost of one import."""
+    found = _run(function, [(size, args) for size in sizes], limit_s, lossy=False)
+    return dict(zip(sizes, found, strict=True))
+
+
+def run_lossy(function, num_ranks: int, trials: list[tuple], *, limit_s: float = 30.0) -> list:
+    """As :func:`run` for the arguments of each trial, in worlds whose ranks may die or stop.
+
+    Such a rank gives None, and is ended when all others are done. The store of the default group
+    lives in a process that is none of the ranks, and no rank waits for another at the end.
+
+    Args:
+        limit_s: For each trial.
+    """
+    return _run(function, [(num_ranks, args) for args in trials], limit_s, lossy=True)
+
+
+def _run(function, worlds: list[tuple[int, tuple]], limit_s: float, *, lossy: bool) -> list:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        code = function.__code__.co_filename, function.__qualname__
+        (folder / "job").write_bytes(pickle.dumps((*code, worlds, limit_s, lossy)))
+        command = [sys.executable, "-W", "error", __file__, name]
+        outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+        found, faults = [], []
+        for number, (size, args) in enumerate(worlds):
+            found.append([])
+            for rank in range(size):
+                file = folder / f"{number}-{rank}"
+                good, value = pickle.loads(file.read_bytes()) if file.exists() else (False, "ended")
+                found[-1].append(value)
+                if not good:
+                    faults.append(f"rank {rank} of {size}, {args}: {value}")
+            if faults:
+                break
+    assert not faults, "\n".join([*faults, outcome.stderr[-4000:]])
+    return found
+
+
+def _launch(folder: Path) -> None:
+    path, name, worlds, limit_s, lossy = pickle.loads((folder / "job").read_bytes())
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(path).parent)]
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    for heavy in getattr(module, "PRELOAD", ()):
+        importlib.import_module(heavy)
+    function = getattr(module, name)
+    end = time.monotonic() + limit_s
+    host = _host(folder) if lossy else None
+    for number, (size, args) in enumerate(worlds):
+        if lossy:
+            end = time.monotonic() + limit_s
+        if not _world(folder, function, number, size, args, end, lossy=lossy):
+            break
+    if host is not None:
+        os.kill(host, signal.SIGKILL)
+
+
+def _host(folder: Path) -> int:
+    """Starts the process where the store lives."""
+    pid = os.fork()
+    if not pid:
+        import torch.distributed as dist
+
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        part = folder / "port.part"
+        part.write_text(str(store.port))
+        part.rename(folder / "port")
+        while os.getppid() != 1:
+            time.sleep(1)
+        os._exit(0)
+    while not (folder / "port").exists():
+        time.sleep(0.005)
+    return pid
+
+
+def _world(
+    folder: Path, function, number: int, size: int, args: tuple, end: float, *, lossy: bool
+) -> bool:
+    """Whether all ranks were done in time. When one fails, the others get 5 s more."""
+    ranks = {}
+    for rank in range(size):
+        pid = os.fork()
+        if not pid:
+            _rank(folder, function, number, rank, size, args, lossy=lossy)
+        ranks[pid] = rank
+    good = True
+    stopped: set[int] = set()
+    while ranks.keys() - stopped and time.monotonic() < end:
+        time.sleep(0.005)
+        for pid, rank in list(ranks.items()):
+            changed, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+            if not changed:
+                continue
+            file = folder / f"{number}-{rank}"
+            if lossy and not os.WIFEXITED(status) and not file.exists():
+                file.write_bytes(pickle.dumps((True, None)))
+            if os.WIFSTOPPED(status):
+                stopped.add(pid)
+                continue
+            del ranks[pid]
+            if status and not (lossy and os.WIFSIGNALED(status)):
+                good, end = False, min(end, time.monotonic() + 5)
+    late = bool(ranks.keys() - (stopped if lossy else set()))
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return good and not late
+
+
+def _rank(
+    folder: Path, function, number: int, rank: int, size: int, args: tuple, *, lossy: bool
+) -> None:
+    """Never returns: a forked process has nothing of the launcher's to end in good order."""
+    good = True
+    try:
+        import torch
+        import torch.distributed as dist
+
+        torch.set_num_threads(1)
+        if lossy:
+            host = dist.TCPStore("127.0.0.1", int((folder / "port").read_text()))
+            store = dist.PrefixStore(str(number), host)
+        else:
+            store = dist.FileStore(f"{folder}/store-{number}", size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+        value = function(rank, size, *args)
+        content = pickle.dumps((True, value))
+        if not lossy:
+            dist.barrier()
+    except BaseException:
+        good, content = False, pickle.dumps((False, traceback.format_exc()))
+    part = folder / f"{number}-{rank}.part"
+    part.write_bytes(content)
+    part.rename(folder / f"{number}-{rank}")
+    sys.stderr.flush()
+    os._exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    _launch(Path(sys.argv[1]))
