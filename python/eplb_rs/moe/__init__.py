@@ -1,0 +1,14 @@
+"""Experts of a running model: placed, moved and routed as a plan says. Needs torch."""
+
+from eplb_rs.moe.checkpoint import LAYOUTS, Checkpoint, Layout, write_index
+from eplb_rs.moe.weights import ExpertField, ExpertWeights, slots_of
+
+__all__ = [
+    "LAYOUTS",
+    "Checkpoint",
+    "ExpertField",
+    "ExpertWeights",
+    "Layout",
+    "slots_of",
+    "write_index",
+]
