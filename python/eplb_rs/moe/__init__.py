@@ -1,6 +1,13 @@
 """Experts of a running model: placed, moved and routed as a plan says. Needs torch."""
 
 from eplb_rs.moe.checkpoint import LAYOUTS, Checkpoint, Layout, write_index
+from eplb_rs.moe.routing import (
+    Routed,
+    RoutingRule,
+    RoutingTable,
+    predicted_tokens,
+    routing_rows,
+)
 from eplb_rs.moe.weights import ExpertField, ExpertWeights, slots_of
 
 __all__ = [
@@ -9,6 +16,11 @@ __all__ = [
     "ExpertField",
     "ExpertWeights",
     "Layout",
+    "Routed",
+    "RoutingRule",
+    "RoutingTable",
+    "predicted_tokens",
+    "routing_rows",
     "slots_of",
     "write_index",
 ]
