@@ -1,6 +1,8 @@
 """Experts of a running model: placed, moved and routed as a plan says. Needs torch."""
 
 from eplb_rs.moe.checkpoint import LAYOUTS, Checkpoint, Layout, write_index
+from eplb_rs.moe.exchange import Sites
+from eplb_rs.moe.layer import ExpertParallelMoE, Pass, TopK, TopKRouter
 from eplb_rs.moe.routing import (
     Routed,
     RoutingRule,
@@ -14,11 +16,16 @@ __all__ = [
     "LAYOUTS",
     "Checkpoint",
     "ExpertField",
+    "ExpertParallelMoE",
     "ExpertWeights",
     "Layout",
+    "Pass",
     "Routed",
     "RoutingRule",
     "RoutingTable",
+    "Sites",
+    "TopK",
+    "TopKRouter",
     "predicted_tokens",
     "routing_rows",
     "slots_of",
