@@ -3,6 +3,7 @@
 from eplb_rs.moe.checkpoint import LAYOUTS, Checkpoint, Layout, write_index
 from eplb_rs.moe.exchange import Sites
 from eplb_rs.moe.layer import ExpertParallelMoE, Pass, TopK, TopKRouter
+from eplb_rs.moe.mover import ExpertMover, MoveError, MoveStats
 from eplb_rs.moe.routing import (
     Routed,
     RoutingRule,
@@ -16,9 +17,12 @@ __all__ = [
     "LAYOUTS",
     "Checkpoint",
     "ExpertField",
+    "ExpertMover",
     "ExpertParallelMoE",
     "ExpertWeights",
     "Layout",
+    "MoveError",
+    "MoveStats",
     "Pass",
     "Routed",
     "RoutingRule",

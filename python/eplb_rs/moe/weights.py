@@ -17,11 +17,11 @@ from eplb_rs._inputs import as_count
 from eplb_rs.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from eplb_rs.plan import Plan
 
-__all__ = ["ExpertField", "ExpertWeights", "slots_of"]
+__all__ = ["ExpertField", "ExpertWeights", "checksum", "slots_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,17 +189,22 @@ class ExpertWeights:
 
         Cost: about 1 GB/s; for tests and after faults, not for every pass.
         """
-        crc = 0
-        for tensor in self.slot(layer, slot).values():
-            as_bytes = tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy()
-            crc = zlib.crc32(as_bytes.data, crc)
-        return crc
+        return checksum(self.slot(layer, slot).values())
 
     def __repr__(self) -> str:
         return (
             f"<experts of {self.num_layers} layers in {self.num_slots} slots, "
             f"{self.expert_bytes:,} bytes each, on {self.device}>"
         )
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """CRC-32 of the bytes of tensors, one after the other."""
+    crc = 0
+    for tensor in tensors:
+        as_bytes = tensor.detach().reshape(-1).view(torch.uint8).cpu().numpy()
+        crc = zlib.crc32(as_bytes.data, crc)
+    return crc
 
 
 def slots_of(plan: Plan, rank: int) -> range:
