@@ -11,6 +11,7 @@ from eplb_rs.moe.routing import (
     predicted_tokens,
     routing_rows,
 )
+from eplb_rs.moe.training import sum_replica_gradients, with_optimizer_state
 from eplb_rs.moe.weights import ExpertField, ExpertWeights, slots_of
 
 __all__ = [
@@ -33,5 +34,7 @@ __all__ = [
     "predicted_tokens",
     "routing_rows",
     "slots_of",
+    "sum_replica_gradients",
+    "with_optimizer_state",
     "write_index",
 ]

@@ -223,7 +223,7 @@ class CapacityExchange(Exchange):
         slot_TK: `[T, K]`, the slot of each row in the numbering of the plan, -1 for none.
         sites: Who takes part. A collective call: all ranks make theirs at once.
         capacity: Rows from each rank to each other.
-        overflow: One number on the device: gets the rows that did not fit added.
+        overflow: One number on the device: gets the rows that did not fit, on any rank, added.
 
     Memory: `D * capacity` rows at both ends, whatever is sent.
     """
@@ -239,7 +239,6 @@ class CapacityExchange(Exchange):
         first_M = sites.first_slots[rank_M]
         within = torch.arange(len(order), device=device) - begin_R1[first_M]
         fits = chosen & (within < capacity)
-        overflow += (chosen & ~fits).sum()
 
         places = ranks * capacity
         place_M = torch.where(fits, rank_M * capacity + within, places)
@@ -249,12 +248,17 @@ class CapacityExchange(Exchange):
         self._sent_M = sent[:places]
         self._place_TK = torch.empty_like(slot_M).scatter_(0, order, place_M).view_as(slot_TK)
 
-        # Which slot of its rank each row is for; behind all slots where there is no row.
+        # Which slot of its rank each row is for, behind all slots where there is no row; and to
+        # every rank how many rows did not fit here, so that all know and none goes on alone.
         nowhere = max(sites.slots)
         local = torch.full((places + 1,), nowhere, dtype=torch.int64, device=device)
         local[place_M] = torch.where(fits, sorted_slot - first_M, nowhere)
-        arrived = torch.empty(places, dtype=torch.int64, device=device)
-        distributed.all_to_all_single(arrived, local[:places].clone(), group=sites.group)
+        missed = (chosen & ~fits).sum().expand(ranks, 1)
+        told = torch.cat((local[:places].view(ranks, capacity), missed), dim=1)
+        heard = torch.empty_like(told)
+        distributed.all_to_all_single(heard, told, group=sites.group)
+        overflow += heard[:, capacity].sum()
+        arrived = heard[:, :capacity].flatten()
         arrived.clamp_(max=sites.num_slots)
         in_order, self._arrived_N = torch.sort(arrived, stable=True)
         self._back_A = _inverse(self._arrived_N, places, missing=places)

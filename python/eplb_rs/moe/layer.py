@@ -182,8 +182,8 @@ class ExpertParallelMoE(nn.Module):
             The same shape.
 
         Raises:
-            OverflowError: With a capacity, where more rows came than fit, unless a CUDA graph is
-                being captured: then :meth:`raise_on_overflow` tells after a replay.
+            OverflowError: With a capacity, on all ranks alike, where more rows came than fit; but
+                not while a CUDA graph is captured: then :meth:`raise_on_overflow` tells.
         """
         x_TH = x.reshape(-1, x.shape[-1])
         gate_TK, expert_TK = self.router(x_TH)
@@ -210,7 +210,7 @@ class ExpertParallelMoE(nn.Module):
         return Pass(self, exchange, x_TH.detach(), gate_TK.detach())
 
     def raise_on_overflow(self) -> None:
-        """Looks whether rows did not fit since the last look; waits for the device.
+        """Looks whether rows of any rank did not fit since the last look; waits for the device.
 
         Raises:
             OverflowError: Some did not. Results since the last look are wrong.
