@@ -12,7 +12,7 @@ from eplb_rs.moe.routing import (
     routing_rows,
 )
 from eplb_rs.moe.training import sum_replica_gradients, with_optimizer_state
-from eplb_rs.moe.weights import ExpertField, ExpertWeights, slots_of
+from eplb_rs.moe.weights import ExpertField, ExpertWeights, checksum, slots_of
 
 __all__ = [
     "LAYOUTS",
@@ -31,6 +31,7 @@ __all__ = [
     "Sites",
     "TopK",
     "TopKRouter",
+    "checksum",
     "predicted_tokens",
     "routing_rows",
     "slots_of",

@@ -11,6 +11,7 @@ Letters: L layers, S slots of this rank.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["ExpertMover", "MoveError", "MoveStats"]
 
 _NEW, _OLD = "new", "old"
-_GRACE_S = 2.0
+_GRACE_S = 1.5
 """How long survivors wait for one another's word, after one of them has noticed."""
 
 
@@ -312,6 +313,7 @@ class ExpertMover:
                 if layer.committed_at is None and self._received(layer, block=block):
                     self._commit(layer)
         except (RuntimeError, TimeoutError) as error:
+            traceback.clear_frames(error.__traceback__)  # they hold works: see _drop
             raise self._settled(str(error)) from error
         finally:
             self.stats.seconds += time.perf_counter() - begun
