@@ -1,0 +1,311 @@
+"""Token rows to the ranks of their experts, and back.
+
+An :class:`Exchange` knows for one pass and layer where each row goes and where it comes back to.
+Its two directions are each other's transposes, so the backward of one is the other.
+
+Letters: D ranks, R slots of all ranks, S slots of this rank, T tokens, K experts of a token, N rows
+at this rank's experts, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, distributed
+
+from eplb_rs.errors import InvalidInputError
+from eplb_rs.moe.experts import Groups
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from eplb_rs.plan import Plan
+
+__all__ = ["CapacityExchange", "Exchange", "Flight", "Sites", "UnevenExchange"]
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The ranks of a group and their slots.
+
+    Attributes:
+        group: The ranks; rank r of it holds the slots of the plan's rank r.
+        slots: How many slots each rank has.
+        device: Where rows are.
+    """
+
+    group: distributed.ProcessGroup
+    slots: tuple[int, ...]
+    device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        plan: Plan,
+        group: distributed.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Sites:
+        """Those of a plan.
+
+        Args:
+            plan: Where experts live.
+            group: The ranks; by default all of torch.distributed's.
+            device: Where rows are.
+
+        Raises:
+            InvalidInputError: ``wrong_shape`` if the group has another number of ranks.
+        """
+        group = group or distributed.group.WORLD
+        if group is None or group.size() != plan.topology.num_gpus:
+            raise InvalidInputError(
+                code="wrong_shape",
+                argument="group",
+                got="none" if group is None else f"{group.size()} ranks",
+                expected=f"{plan.topology.num_gpus} ranks, as the plan has",
+            )
+        return cls(group, tuple(plan.topology.slots), torch.device(device))
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self.group.rank()
+
+    @property
+    def first_slot(self) -> int:
+        """The first slot of this rank in the numbering of the plan."""
+        return sum(self.slots[: self.rank])
+
+    @property
+    def num_slots(self) -> int:
+        """S."""
+        return self.slots[self.rank]
+
+    @cached_property
+    def first_slots(self) -> Tensor:
+        """`[D]`, the first slot of each rank."""
+        return torch.tensor(_begins(self.slots), device=self.device)
+
+    @cached_property
+    def slot_ranks(self) -> Tensor:
+        """`[R]`, the rank of each slot."""
+        ranks = torch.arange(len(self.slots))
+        return torch.repeat_interleave(ranks, torch.tensor(self.slots)).to(self.device)
+
+
+class Flight:
+    """Rows on their way; :meth:`land` gives them in order."""
+
+    def __init__(
+        self, work: distributed.Work | None, rows: Tensor, order: Tensor, gaps: bool
+    ) -> None:
+        self._work, self._rows, self._order, self._gaps = work, rows, order, gaps
+
+    def land(self) -> Tensor:
+        """Waits for the rows (on a GPU: makes the current stream wait)."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return _taken(self._rows, self._order, self._gaps)
+
+
+class Exchange:
+    """Where the rows of one pass through one layer go; see the two ways to make one.
+
+    Attributes:
+        groups: Which of the N rows here belong to which slot.
+    """
+
+    groups: Groups
+    _sites: Sites
+    _sent_M: Tensor
+    """`[M]`, which of the T*K rows stands at each place of the send buffer."""
+    _place_TK: Tensor
+    """`[T, K]`, the place in the send buffer of each row, or one behind it."""
+    _arrived_N: Tensor
+    """`[N]`, the place in the receive buffer of each row, or one behind it."""
+    _back_A: Tensor
+    """`[A]`, which of the N rows stands at each place of the receive buffer."""
+    _gaps: tuple[bool, bool, bool]
+    """Whether some of `_sent_M`, `_place_TK`, `_arrived_N` point behind the last row."""
+
+    def to_experts(self, rows: Tensor) -> Flight:
+        """Starts rows to their experts.
+
+        Args:
+            rows: `[T, H]`, one for each token, or `[T, K, H]`, one for each token and expert.
+
+        Returns:
+            `[N, H]` in flight, grouped by slot; zeros where a group is filled up.
+        """
+        index = self._sent_M
+        if rows.ndim == 2:
+            index = index // self._place_TK.shape[1]
+        else:
+            rows = rows.flatten(0, 1)
+        buffer, work = self._all_to_all(_taken(rows, index, self._gaps[0]), back=False)
+        return Flight(work, buffer, self._arrived_N, self._gaps[2])
+
+    def to_tokens(self, rows_NH: Tensor) -> Flight:
+        """Starts rows back to their tokens.
+
+        Returns:
+            `[T, K, H]` in flight, zeros where a token chose no expert.
+        """
+        buffer, work = self._all_to_all(rows_NH[self._back_A], back=True)
+        return Flight(work, buffer, self._place_TK, self._gaps[1])
+
+    def _all_to_all(self, rows: Tensor, *, back: bool) -> tuple[Tensor, distributed.Work | None]:
+        raise NotImplementedError
+
+
+class UnevenExchange(Exchange):
+    """As many rows as there are. The host learns the sizes: the one time it waits for the device.
+
+    Args:
+        slot_TK: `[T, K]`, the slot of each row in the numbering of the plan, -1 for none.
+        sites: Who takes part. A collective call: all ranks make theirs at once.
+        multiple: Each group is filled up with zero rows to a multiple of this.
+
+    Cost: one all-to-all of R counts, one wait, one sort.
+    """
+
+    def __init__(self, slot_TK: Tensor, sites: Sites, *, multiple: int = 1) -> None:
+        self._sites = sites
+        device = sites.device
+        num_slots, here = sum(sites.slots), sites.num_slots
+        ranks = len(sites.slots)
+        slot_M, order, begin_R1 = _by_slot(slot_TK, num_slots)
+        counts_R = begin_R1.diff()
+        counts_DS = torch.empty(ranks * here, dtype=torch.int64, device=device)
+        distributed.all_to_all_single(
+            counts_DS, counts_R, [here] * ranks, list(sites.slots), group=sites.group
+        )
+        known: list[int] = torch.cat((counts_R, counts_DS)).tolist()  # the wait
+        sent, got = known[:num_slots], known[num_slots:]
+        self._to = _sums(sent, sites.slots)
+        self._from = _sums(got, [here] * ranks)
+        num_sent, num_got = sum(self._to), sum(self._from)
+        self._sent_M = order[:num_sent]
+        self._place_TK = _inverse(self._sent_M, slot_M.numel(), missing=num_sent).view_as(slot_TK)
+
+        # The rows of a source and slot arrive together; where they begin, and where they belong.
+        counts = counts_DS.view(ranks, here)
+        padded_S = -(-counts.sum(0) // multiple) * multiple
+        ends_S = padded_S.cumsum(0)
+        begin = ends_S - padded_S + counts.cumsum(0) - counts
+        arrives = counts_DS.cumsum(0) - counts_DS
+        shift = torch.repeat_interleave(begin.flatten() - arrives, counts_DS, output_size=num_got)
+        self._back_A = torch.arange(num_got, device=device) + shift
+        sizes = [-(-sum(got[slot::here]) // multiple) * multiple for slot in range(here)]
+        self._arrived_N = _inverse(self._back_A, sum(sizes), missing=num_got)
+        self._gaps = (False, num_sent < slot_M.numel(), num_got < sum(sizes))
+        self.groups = Groups(ends_S.int(), sizes)
+
+    def _all_to_all(self, rows: Tensor, *, back: bool) -> tuple[Tensor, distributed.Work | None]:
+        to, here = (self._from, self._to) if back else (self._to, self._from)
+        buffer = rows.new_empty(sum(here), *rows.shape[1:])
+        work = distributed.all_to_all_single(
+            buffer, rows, here, to, group=self._sites.group, async_op=True
+        )
+        return buffer, work
+
+
+class CapacityExchange(Exchange):
+    """Room for so many rows from each rank to each other. Waits for nothing on the host, so it may
+    be captured in a CUDA graph; what does not fit is counted, and whoever reads the results must
+    look (:meth:`ExpertParallelMoE.raise_on_overflow`).
+
+    Args:
+        slot_TK: `[T, K]`, the slot of each row in the numbering of the plan, -1 for none.
+        sites: Who takes part. A collective call: all ranks make theirs at once.
+        capacity: Rows from each rank to each other.
+        overflow: One number on the device: gets the rows that did not fit, on any rank, added.
+
+    Memory: `D * capacity` rows at both ends, whatever is sent.
+    """
+
+    def __init__(self, slot_TK: Tensor, sites: Sites, capacity: int, overflow: Tensor) -> None:
+        self._sites = sites
+        device = sites.device
+        ranks = len(sites.slots)
+        slot_M, order, begin_R1 = _by_slot(slot_TK, sum(sites.slots))
+        sorted_slot = slot_M[order]
+        chosen = sorted_slot < len(sites.slot_ranks)
+        rank_M = sites.slot_ranks[sorted_slot.clamp(max=len(sites.slot_ranks) - 1)]
+        first_M = sites.first_slots[rank_M]
+        within = torch.arange(len(order), device=device) - begin_R1[first_M]
+        fits = chosen & (within < capacity)
+
+        places = ranks * capacity
+        place_M = torch.where(fits, rank_M * capacity + within, places)
+        # One place more takes what does not fit or goes nowhere.
+        sent = torch.full((places + 1,), slot_M.numel(), dtype=torch.int64, device=device)
+        sent[place_M] = torch.where(fits, order, slot_M.numel())
+        self._sent_M = sent[:places]
+        self._place_TK = torch.empty_like(slot_M).scatter_(0, order, place_M).view_as(slot_TK)
+
+        # Which slot of its rank each row is for, behind all slots where there is no row; and to
+        # every rank how many rows did not fit here, so that all know and none goes on alone.
+        nowhere = max(sites.slots)
+        local = torch.full((places + 1,), nowhere, dtype=torch.int64, device=device)
+        local[place_M] = torch.where(fits, sorted_slot - first_M, nowhere)
+        missed = (chosen & ~fits).sum().expand(ranks, 1)
+        told = torch.cat((local[:places].view(ranks, capacity), missed), dim=1)
+        heard = torch.empty_like(told)
+        distributed.all_to_all_single(heard, told, group=sites.group)
+        overflow += heard[:, capacity].sum()
+        arrived = heard[:, :capacity].flatten()
+        arrived.clamp_(max=sites.num_slots)
+        in_order, self._arrived_N = torch.sort(arrived, stable=True)
+        self._back_A = _inverse(self._arrived_N, places, missing=places)
+        self._gaps = (True, True, False)
+        slots = torch.arange(sites.num_slots, device=device)
+        self.groups = Groups(torch.searchsorted(in_order, slots, right=True).int(), None)
+
+    def _all_to_all(self, rows: Tensor, *, back: bool) -> tuple[Tensor, distributed.Work | None]:
+        del back  # both ways are alike
+        buffer = torch.empty_like(rows)
+        work = distributed.all_to_all_single(buffer, rows, group=self._sites.group, async_op=True)
+        return buffer, work
+
+
+def _by_slot(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Slots with none behind all; the rows by slot, then by token; where each slot's begin."""
+    slot_M = slot_TK.flatten()
+    slot_M = torch.where(slot_M < 0, num_slots, slot_M)
+    ordered, order = torch.sort(slot_M, stable=True)
+    slots = torch.arange(num_slots + 1, device=slot_M.device)
+    return slot_M, order, torch.searchsorted(ordered, slots)
+
+
+def _taken(rows: Tensor, index: Tensor, gaps: bool) -> Tensor:
+    """The rows at an index of any shape; zeros where it points behind the last, if it may."""
+    if not gaps:
+        return rows[index]
+    if len(rows) == 0:
+        return rows.new_zeros(*index.shape, *rows.shape[1:])
+    behind = index >= len(rows)
+    found = rows[index.clamp(max=len(rows) - 1)]
+    return found.masked_fill_(behind.view(*index.shape, *[1] * (rows.ndim - 1)), 0)
+
+
+def _inverse(index: Tensor, size: int, *, missing: int) -> Tensor:
+    """For each of `size` places, where `index` names it."""
+    inverse = torch.full((size,), missing, dtype=torch.int64, device=index.device)
+    inverse[index] = torch.arange(len(index), device=index.device)
+    return inverse
+
+
+def _begins(sizes: Sequence[int]) -> list[int]:
+    """Where each of these begins, one behind the other."""
+    return [0, *accumulate(sizes)][:-1]
+
+
+def _sums(counts: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """The sums of consecutive runs of these sizes."""
+    remaining = iter(counts)
+    return [sum(next(remaining) for _ in range(size)) for size in sizes]

@@ -1,0 +1,175 @@
+"""The computation of experts, grouped by slot: a gated feed-forward, forward and backward.
+
+Its backward has two parts that may run at different times: one for the rows, which others wait for,
+and one for the weights.
+
+Letters: N rows on this rank, S slots, H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["Activation", "ExpertsBackward", "Groups", "experts_backward", "experts_forward"]
+
+Activation: TypeAlias = Literal["silu", "relu", "gelu"]
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Which rows belong to which slot: those of a slot lie together, slots in order.
+
+    Attributes:
+        end_S: `[S]` int32, on the device: where each slot's rows end.
+        sizes: The same as sizes on the host; ``None`` where the host does not know.
+    """
+
+    end_S: Tensor
+    sizes: Sequence[int] | None
+
+    def known(self) -> list[int]:
+        """The sizes; waits for the device if the host does not know them."""
+        if self.sizes is not None:
+            return list(self.sizes)
+        ends: list[int] = self.end_S.tolist()
+        return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def experts_forward(
+    rows_NH: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    groups: Groups,
+    activation: Activation = "silu",
+) -> tuple[Tensor, Tensor]:
+    """`down(activation(gate(x)) * up(x))` of each row's expert.
+
+    Args:
+        rows_NH: `[N, H]`, grouped. Rows behind the last group come out undefined.
+        gate_up: `[S, 2I, H]`, gate above up.
+        down: `[S, H, I]`.
+        groups: Which rows belong to which slot.
+        activation: Of the gate.
+
+    Returns:
+        `[N, H]`, and `[N, 2I]`, gate and up before the activation, for the backward.
+    """
+    inner = _grouped(rows_NH, gate_up, groups)
+    return _grouped(_hidden(inner, activation), down, groups), inner
+
+
+@dataclass(slots=True)
+class ExpertsBackward:
+    """The backward of experts after its first part: what the weights' part needs.
+
+    Attributes:
+        grad_rows_NH: `[N, H]`, the gradient of the rows.
+    """
+
+    grad_rows_NH: Tensor
+    _rows: Tensor
+    _hidden: Tensor
+    _grad_inner: Tensor
+    _grad_out: Tensor
+    _groups: Groups
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """The gradients of `gate_up` and `down`, zeros for slots without rows."""
+        return (
+            _grouped_outer(self._grad_inner, self._rows, self._groups),
+            _grouped_outer(self._grad_out, self._hidden, self._groups),
+        )
+
+
+def experts_backward(
+    grad_NH: Tensor,
+    rows_NH: Tensor,
+    inner: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    groups: Groups,
+    activation: Activation = "silu",
+) -> ExpertsBackward:
+    """The part of the backward that gives the rows' gradient; `weights()` of it is the rest."""
+    hidden = _hidden(inner, activation)
+    grad_hidden = _grouped(grad_NH, down.transpose(1, 2), groups)
+    gate, up = inner.chunk(2, dim=1)
+    grad_inner = torch.cat(
+        (
+            _activation_backward(grad_hidden * up, gate, activation),
+            grad_hidden * _ACTIVATIONS[activation](gate),
+        ),
+        dim=1,
+    )
+    grad_rows = _grouped(grad_inner, gate_up.transpose(1, 2), groups)
+    return ExpertsBackward(grad_rows, rows_NH, hidden, grad_inner, grad_NH, groups)
+
+
+_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": functional.silu,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+}
+
+
+def _activation_backward(grad: Tensor, gate: Tensor, activation: Activation) -> Tensor:
+    aten: Any = torch.ops.aten
+    result: Tensor
+    if activation == "silu":
+        result = aten.silu_backward(grad, gate)
+    elif activation == "relu":
+        result = aten.threshold_backward(grad, gate, 0)
+    else:
+        result = aten.gelu_backward(grad, gate)
+    return result
+
+
+def _hidden(inner: Tensor, activation: Activation) -> Tensor:
+    gate, up = inner.chunk(2, dim=1)
+    return _ACTIVATIONS[activation](gate) * up
+
+
+def _in_one(rows: Tensor, *widths: int) -> bool:
+    """Whether one grouped product serves all slots: on GPUs, where widths are whole 16 bytes."""
+    on_device = rows.is_cuda and rows.dtype == torch.bfloat16
+    return on_device and all(width % 8 == 0 for width in widths)
+
+
+def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    product: Any = getattr(functional, "grouped_mm", None) or torch._grouped_mm  # before 2.10
+    result: Tensor = product(left, right, offs=ends)
+    return result
+
+
+def _grouped(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+    """Each row times its slot's `[out, in]` matrix, transposed."""
+    if _in_one(rows, *weight.shape[1:]):
+        return _grouped_mm(rows, weight.transpose(1, 2), groups.end_S)
+    out = rows.new_empty(len(rows), weight.shape[1])
+    begin = 0
+    for matrix, size in zip(weight, groups.known(), strict=True):
+        if size:
+            torch.mm(rows[begin : begin + size], matrix.t(), out=out[begin : begin + size])
+        begin += size
+    return out
+
+
+def _grouped_outer(left: Tensor, right: Tensor, groups: Groups) -> Tensor:
+    """For each slot, the sum over its rows of left times right."""
+    if _in_one(left, left.shape[1], right.shape[1]):
+        return _grouped_mm(left.t(), right, groups.end_S)
+    out = left.new_zeros(len(groups.end_S), left.shape[1], right.shape[1])
+    begin = 0
+    for matrix, size in zip(out, groups.known(), strict=True):
+        if size:
+            torch.mm(left[begin : begin + size].t(), right[begin : begin + size], out=matrix)
+        begin += size
+    return out

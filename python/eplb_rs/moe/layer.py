@@ -1,0 +1,361 @@
+"""A mixture-of-experts layer whose experts live where a plan says.
+
+Letters: T tokens of this rank, K experts of a token, E logical experts, N rows at this rank's
+experts, S slots of this rank, H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from eplb_rs.errors import InvalidInputError
+from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, Sites, UnevenExchange
+from eplb_rs.moe.experts import Activation, ExpertsBackward, experts_backward, experts_forward
+from eplb_rs.moe.routing import RoutingTable, routing_rows
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import distributed
+
+    from eplb_rs.moe.routing import RoutingRule
+    from eplb_rs.plan import Plan
+
+__all__ = ["ExpertParallelMoE", "Pass", "TopK", "TopKRouter"]
+
+
+class TopK(NamedTuple):
+    """What a router chose."""
+
+    gate_TK: Tensor
+    """`[T, K]`, by how much each expert's output counts."""
+    expert_TK: Tensor
+    """`[T, K]` int64, logical experts; -1 for none."""
+
+
+class TopKRouter(nn.Module):
+    """Softmax over all experts, the K best, their gates scaled to add up to 1.
+
+    Any module that takes `[T, H]` and returns a :class:`TopK` can stand in its place.
+
+    Args:
+        hidden_size: H.
+        num_experts: E.
+        top_k: K.
+        device: Where its weight lives.
+        dtype: Of its weight.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.score = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x_TH: Tensor) -> TopK:
+        """Chooses each token's experts."""
+        best = self.score(x_TH).float().softmax(dim=-1).topk(self.top_k, dim=-1)
+        gates = best.values / best.values.sum(dim=-1, keepdim=True)
+        return TopK(gates.to(x_TH.dtype), best.indices)
+
+
+class ExpertParallelMoE(nn.Module):
+    """Experts spread over ranks as a plan says, replicas included.
+
+    A forward is a collective call of all ranks of the group; so is its backward.
+
+    Args:
+        router: Chooses experts: a :class:`TopKRouter`, or what returns the like.
+        weights: This rank's experts of this layer, from
+            :class:`~eplb_rs.moe.weights.ExpertWeights`: ``gate_up.weight`` `[S, 2I, H]` and
+            ``down.weight`` `[S, H, I]`. They become parameters and share memory.
+        plan: Where experts live.
+        layer: Which layer of the plan this is, counted from 0.
+        group: The ranks; by default all of torch.distributed's.
+        routing: How tokens are split over replicas; see
+            :func:`~eplb_rs.moe.routing.routing_rows`.
+        activation: Of the gate.
+        shared: Experts that every token passes, a module from H to H, added.
+        capacity: ``None`` exchanges as many rows as there are, and waits for the device once, to
+            learn how many. A number makes room for so many rows from each rank to each other and
+            waits for nothing: for CUDA graphs.
+        row_multiple: Fills each expert's rows up with zeros to a multiple of this: a product of
+            few rows may differ in its last bits from the same rows in a larger one.
+        max_replicas: The most replicas of an expert that later plans may have; 16 places of a
+            routing row are kept at least.
+
+    Raises:
+        InvalidInputError: ``wrong_shape`` for weights or a group that do not fit the plan;
+            ``out_of_range`` for a layer; ``not_positive`` for a capacity; as
+            :func:`~eplb_rs.moe.routing.routing_rows` for the routing.
+
+    Attributes:
+        load_E: `[E]` int64 on the device, tokens that this rank has routed to each logical expert
+            since it was last set to zero.
+    """
+
+    load_E: Tensor
+    overflow: Tensor
+
+    def __init__(
+        self,
+        router: nn.Module,
+        weights: Mapping[str, Tensor],
+        plan: Plan,
+        *,
+        layer: int = 0,
+        group: distributed.ProcessGroup | None = None,
+        routing: RoutingRule = "uniform",
+        activation: Activation = "silu",
+        shared: nn.Module | None = None,
+        capacity: int | None = None,
+        row_multiple: int = 1,
+        max_replicas: int = 16,
+    ) -> None:
+        super().__init__()
+        gate_up, down = weights["gate_up.weight"], weights["down.weight"]
+        device = gate_up.device
+        self.sites = Sites.of(plan, group, device)
+        if len(gate_up) != self.sites.num_slots or len(down) != len(gate_up):
+            raise InvalidInputError(
+                code="wrong_shape",
+                argument="weights",
+                got=f"{len(gate_up)} and {len(down)} slots",
+                expected=f"{self.sites.num_slots} slots, as rank {self.sites.rank} of the plan has",
+            )
+        if not 0 <= layer < plan.num_layers:
+            raise InvalidInputError(
+                code="out_of_range",
+                argument="layer",
+                got=str(layer),
+                expected=f"a layer of the plan, 0 to {plan.num_layers - 1}",
+            )
+        if capacity is not None and capacity < 1:
+            raise InvalidInputError(
+                code="not_positive",
+                argument="capacity",
+                got=str(capacity),
+                expected="at least 1",
+            )
+        self.router = router
+        self.gate_up, self.down = nn.Parameter(gate_up), nn.Parameter(down)
+        self.shared = shared
+        self.layer = layer
+        self.activation: Activation = activation
+        self.capacity = capacity
+        self.row_multiple = row_multiple
+        width = max(16, max_replicas, plan.log2phy.shape[2])
+        self.table = RoutingTable(plan.num_experts, width, device=device)
+        self.register_buffer(
+            "load_E", torch.zeros(plan.num_experts, dtype=torch.int64, device=device), False
+        )
+        self.register_buffer("overflow", torch.zeros((), dtype=torch.int64, device=device), False)
+        self.follow(plan, routing)
+
+    def follow(self, plan: Plan, routing: RoutingRule = "uniform") -> None:
+        """Routes by another plan from the next forward on; its weights must be in place by then.
+
+        Raises:
+            InvalidInputError: As :func:`~eplb_rs.moe.routing.routing_rows`; ``too_large`` for an
+                expert with more replicas than ``max_replicas``. Routing stays as it was.
+        """
+        rows, lengths = routing_rows(plan, self.sites.rank, routing)
+        self.table.update(rows[self.layer], lengths[self.layer])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens through their experts.
+
+        Args:
+            x: `[..., H]`, this rank's tokens; none is fine.
+
+        Returns:
+            The same shape.
+
+        Raises:
+            OverflowError: With a capacity, on all ranks alike, where more rows came than fit; but
+                not while a CUDA graph is captured: then :meth:`raise_on_overflow` tells.
+        """
+        x_TH = x.reshape(-1, x.shape[-1])
+        gate_TK, expert_TK = self.router(x_TH)
+        made = self.begin(x_TH, gate_TK, expert_TK)
+        out: Tensor = _Whole.apply(x_TH, gate_TK, self.gate_up, self.down, made)
+        if self.shared is not None:
+            out = out + self.shared(x_TH)
+        return out.view_as(x)
+
+    def begin(self, x_TH: Tensor, gate_TK: Tensor, expert_TK: Tensor) -> Pass:
+        """One pass through the experts, for those who run its phases by hand.
+
+        Records the load and settles where rows go, a collective call.
+        """
+        slot_TK, count_E = self.table.route(expert_TK)
+        self.load_E += count_E
+        exchange: Exchange
+        if self.capacity is None:
+            exchange = UnevenExchange(slot_TK, self.sites, multiple=self.row_multiple)
+        else:
+            exchange = CapacityExchange(slot_TK, self.sites, self.capacity, self.overflow)
+            if not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self.raise_on_overflow()
+        return Pass(self, exchange, x_TH.detach(), gate_TK.detach())
+
+    def raise_on_overflow(self) -> None:
+        """Looks whether rows of any rank did not fit since the last look; waits for the device.
+
+        Raises:
+            OverflowError: Some did not. Results since the last look are wrong.
+        """
+        missed = int(self.overflow)
+        if missed:
+            self.overflow.zero_()
+            raise OverflowError(
+                f"{missed} rows of layer {self.layer} did not fit: `capacity` ({self.capacity}) is "
+                f"the room from each rank to each other; raise it, or pass None"
+            )
+
+
+class Pass:
+    """One micro-batch's pass through the experts of one layer, phase by phase.
+
+    Forward: :meth:`dispatch`, :meth:`experts`, :meth:`combine`, :meth:`output`. Backward:
+    :meth:`combine_backward`, :meth:`experts_backward`, :meth:`dispatch_backward`,
+    :meth:`input_grad`, and :meth:`weight_grads` at any time after :meth:`experts_backward`.
+    Exchanges begin where a phase ends and are waited for where the next begins, so that other
+    work, another micro-batch's, can be put in between. No autograd graph is made.
+    """
+
+    def __init__(
+        self, layer: ExpertParallelMoE, exchange: Exchange, x_TH: Tensor, gate_TK: Tensor
+    ) -> None:
+        self._layer, self._exchange = layer, exchange
+        self._x, self._gates = x_TH, gate_TK
+        self._flight: Flight | None = None
+        self._rows: Tensor | None = None
+        self._inner: Tensor | None = None
+        self._back: Tensor | None = None
+        self._half: ExpertsBackward | None = None
+        self._gate_grad: Tensor | None = None
+
+    @torch.no_grad()
+    def dispatch(self) -> None:
+        """Starts the tokens to their experts."""
+        self._flight = self._exchange.to_experts(self._x)
+
+    @torch.no_grad()
+    def experts(self) -> None:
+        """Waits for the rows and computes."""
+        layer = self._layer
+        self._rows = self._landed()
+        self._out, self._inner = experts_forward(
+            self._rows, layer.gate_up, layer.down, self._exchange.groups, layer.activation
+        )
+
+    @torch.no_grad()
+    def combine(self) -> None:
+        """Starts the results back to their tokens."""
+        self._flight = self._exchange.to_tokens(self._out)
+        del self._out
+
+    @torch.no_grad()
+    def output(self) -> Tensor:
+        """Waits for the results and adds each token's, in order of k: `[T, H]`."""
+        self._back = self._landed()
+        return _in_order(self._back, self._gates)
+
+    @torch.no_grad()
+    def combine_backward(self, grad_TH: Tensor) -> None:
+        """Starts the gradients of the results to the experts."""
+        assert self._back is not None, "after output()"
+        self._gate_grad = torch.einsum("th,tkh->tk", grad_TH, self._back)
+        self._back = None
+        self._flight = self._exchange.to_experts(grad_TH[:, None] * self._gates[..., None])
+
+    @torch.no_grad()
+    def experts_backward(self) -> None:
+        """Waits for them and computes the gradients of the rows."""
+        assert self._rows is not None, "after experts()"
+        assert self._inner is not None, "after experts()"
+        layer = self._layer
+        self._half = experts_backward(
+            self._landed(),
+            self._rows,
+            self._inner,
+            layer.gate_up,
+            layer.down,
+            self._exchange.groups,
+            layer.activation,
+        )
+        self._rows = self._inner = None
+
+    @torch.no_grad()
+    def dispatch_backward(self) -> None:
+        """Starts the gradients of the rows back to their tokens."""
+        assert self._half is not None, "after experts_backward()"
+        self._flight = self._exchange.to_tokens(self._half.grad_rows_NH)
+
+    @torch.no_grad()
+    def input_grad(self) -> tuple[Tensor, Tensor]:
+        """Waits for them: the gradients of tokens, `[T, H]`, and gates, `[T, K]`."""
+        assert self._gate_grad is not None, "after combine_backward()"
+        return _in_order(self._landed(), None), self._gate_grad
+
+    @torch.no_grad()
+    def weight_grads(self) -> tuple[Tensor, Tensor]:
+        """The gradients of the layer's `gate_up` and `down`; frees what they need."""
+        assert self._half is not None, "once, after experts_backward()"
+        grads = self._half.weights()
+        self._half = None
+        return grads
+
+    def _landed(self) -> Tensor:
+        assert self._flight is not None, "no exchange is under way"
+        rows = self._flight.land()
+        self._flight = None
+        return rows
+
+
+def _in_order(rows_TKH: Tensor, gate_TK: Tensor | None) -> Tensor:
+    """The weighted sum over K, first to last, whatever the size: the same bits everywhere."""
+    if gate_TK is None:
+        total = rows_TKH[:, 0].clone()
+        for k in range(1, rows_TKH.shape[1]):
+            total += rows_TKH[:, k]
+        return total
+    total = rows_TKH[:, 0] * gate_TK[:, :1]
+    for k in range(1, rows_TKH.shape[1]):
+        total += rows_TKH[:, k] * gate_TK[:, k : k + 1]
+    return total
+
+
+class _Whole(torch.autograd.Function):
+    """A pass from end to end, for autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TH: Tensor, gate_TK: Tensor, gate_up: Tensor, down: Tensor, made: Pass
+    ) -> Tensor:
+        del x_TH, gate_TK, gate_up, down  # the pass has them
+        ctx.made = made
+        made.dispatch()
+        made.experts()
+        made.combine()
+        return made.output()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        made: Pass = ctx.made
+        made.combine_backward(grads[0])
+        made.experts_backward()
+        made.dispatch_backward()
+        weights = made.weight_grads()
+        return (*made.input_grad(), *weights, None)

@@ -1,0 +1,321 @@
+"""Experts from checkpoints into slots, moved, and back: the same names, shapes and bytes."""
+
+import json
+
+import eplb_rs
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+from eplb_rs.moe import Checkpoint, ExpertField, ExpertWeights, slots_of, write_index  # noqa: E402
+
+NUM_EXPERTS, HIDDEN, INTER = 12, 8, 6
+LAYER_IDS = (1, 2, 5)
+
+
+def random_of(dtype, shape, rng):
+    bits = torch.from_numpy(rng.integers(0, 256, (*shape, dtype.itemsize), dtype=np.uint8))
+    return bits.view(dtype).reshape(shape)
+
+
+def expert_tensors(layout, rng):
+    """What an expert of each family consists of, by the end of its name."""
+    bf16, f8, f32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
+    first, second, last = (
+        ("w1", "w3", "w2") if layout == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    )
+    wide, tall = (INTER, HIDDEN), (HIDDEN, INTER)
+    if layout == "deepseek_v3":  # 8-bit blocks with scales
+        made = {}
+        for name, shape in ((first, wide), (second, wide), (last, tall)):
+            made[f"{name}.weight"] = random_of(f8, shape, rng)
+            made[f"{name}.weight_scale_inv"] = random_of(f32, (shape[0] // 2, shape[1] // 2), rng)
+        return made
+    if layout == "qwen3_moe":  # weights in four bits, with scales and zero points
+        made = {}
+        for name, (rows, columns) in ((first, wide), (second, wide), (last, tall)):
+            made[f"{name}.qweight"] = random_of(torch.int32, (rows, columns // 2), rng)
+            made[f"{name}.scales"] = random_of(torch.float16, (rows, 2), rng)
+            made[f"{name}.qzeros"] = random_of(torch.int32, (rows, 1), rng)
+        return made
+    if layout == "mixtral":  # a scale for each tensor
+        made = {}
+        for name, shape in ((first, wide), (second, wide), (last, tall)):
+            made[f"{name}.weight"] = random_of(f8, shape, rng)
+            made[f"{name}.weight_scale"] = random_of(f32, (), rng)
+        return made
+    return {
+        f"{name}.{kind}": random_of(bf16, shape if kind == "weight" else shape[:1], rng)
+        for name, shape in ((first, wide), (second, wide), (last, tall))
+        for kind in ("weight", "bias")
+    }
+
+
+def write_checkpoint(folder, layout, rng, num_files=3):
+    """A checkpoint in several files, with tensors that are no experts among them."""
+    between = "block_sparse_moe" if layout == "mixtral" else "mlp"
+    tensors = {}
+    for layer in LAYER_IDS:
+        tensors[f"model.layers.{layer}.{between}.gate.weight"] = torch.ones(NUM_EXPERTS, HIDDEN)
+        for expert in range(NUM_EXPERTS):
+            for name, tensor in expert_tensors(layout, rng).items():
+                tensors[f"model.layers.{layer}.{between}.experts.{expert}.{name}"] = tensor
+    names = list(tensors)
+    folder.mkdir()
+    for part in range(num_files):
+        here = {name: tensors[name] for name in names[part::num_files]}
+        safetensors_torch.save_file(here, folder / f"model-{part}.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+
+
+def random_plan(rng, topology, policy="balanced"):
+    load = rng.lognormal(0, 1, (len(LAYER_IDS), NUM_EXPERTS))
+    return eplb_rs.Planner(topology, policy=policy).plan(load, layer_ids=LAYER_IDS)
+
+
+def moved(weights, old, new):
+    """What the plan's transfers make of the weights of all ranks, by hand."""
+    transfers = new.transfers(old)
+    per_rank = weights[0].num_slots
+    before = [
+        [{n: t.clone() for n, t in rank[layer].items()} for layer in range(len(rank))]
+        for rank in weights
+    ]
+    for layer, _, source_slot, source, slot, target, _ in transfers.table.tolist():
+        for name, tensor in weights[target][layer].items():
+            tensor[slot % per_rank] = before[source][layer][name][source_slot % per_rank]
+
+
+def same_bytes(left, right):
+    return (
+        left.shape == right.shape
+        and left.dtype == right.dtype
+        and torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+    )
+
+
+@pytest.mark.parametrize("layout", ["deepseek_v3", "qwen3_moe", "mixtral", "olmoe"])
+def test_load_move_twice_and_export(tmp_path, layout, monkeypatch):
+    rng = np.random.default_rng(7)
+    original = write_checkpoint(tmp_path / "in", layout, rng)
+    topology = eplb_rs.Topology(2, 2, 5)
+    plans = [random_plan(rng, topology) for _ in range(3)]
+
+    read = []  # what is really read, seen from outside
+    opened = eplb_rs.moe.checkpoint.safe_open
+
+    class Counting:
+        def __init__(self, *args, **kwargs):
+            self.file = opened(*args, **kwargs)
+
+        def __enter__(self):
+            self.file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+        def keys(self):
+            return self.file.keys()
+
+        def get_slice(self, name):
+            return self.file.get_slice(name)
+
+        def get_tensor(self, name):
+            tensor = self.file.get_tensor(name)
+            read.append(tensor.nbytes)
+            return tensor
+
+    monkeypatch.setattr(eplb_rs.moe.checkpoint, "safe_open", Counting)
+
+    weights = []
+    for rank in range(4):
+        checkpoint = Checkpoint(tmp_path / "in")
+        assert checkpoint.layer_ids == LAYER_IDS
+        assert checkpoint.num_experts == NUM_EXPERTS
+        made = ExpertWeights(checkpoint.fields, num_layers=3, num_slots=5)
+        checkpoint.load_into(made, plans[0], rank)
+        weights.append(made)
+        assert sum(read) == checkpoint.bytes_read
+        assert 0 < sum(read) <= 3 * 5 * made.expert_bytes
+        read.clear()
+
+    moved(weights, plans[0], plans[1])
+    moved(weights, plans[1], plans[2])
+    for rank, made in enumerate(weights):
+        checkpoint.export(made, plans[2], rank, tmp_path / "out")
+    index = json.loads(write_index(tmp_path / "out").read_text())
+
+    assert set(index["weight_map"]) == set(original)
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in original.values())
+    exported = {}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        exported |= safetensors_torch.load_file(path)
+    assert set(exported) == set(original)
+    assert all(same_bytes(exported[name], tensor) for name, tensor in original.items())
+
+
+def test_replicas_on_one_rank_are_read_once(tmp_path):
+    write_checkpoint(tmp_path / "in", "olmoe", np.random.default_rng(0))
+    checkpoint = Checkpoint(tmp_path / "in")
+    topology = eplb_rs.Topology(1, 1, NUM_EXPERTS + 3)
+    slots = np.tile([*range(NUM_EXPERTS), 0, 0, 1], (3, 1))
+    plan = eplb_rs.Plan.from_phy2log(
+        topology, slots, np.ones((3, NUM_EXPERTS)), layer_ids=LAYER_IDS
+    )
+    weights = ExpertWeights(checkpoint.fields, num_layers=3, num_slots=NUM_EXPERTS + 3)
+    checkpoint.load_into(weights, plan, 0)
+    assert checkpoint.bytes_read == 3 * NUM_EXPERTS * weights.expert_bytes
+    for layer in range(3):
+        sums = [weights.checksum(layer, slot) for slot in range(NUM_EXPERTS + 3)]
+        assert sums[NUM_EXPERTS:] == [sums[0], sums[0], sums[1]]
+        assert len(set(sums)) == NUM_EXPERTS
+
+
+def test_dead_slots_stay_as_they_are(tmp_path):
+    write_checkpoint(tmp_path / "in", "olmoe", np.random.default_rng(0))
+    checkpoint = Checkpoint(tmp_path / "in")
+    topology = eplb_rs.Topology(1, 3, NUM_EXPERTS).with_dead([1])
+    plan = random_plan(np.random.default_rng(0), topology)
+    weights = ExpertWeights(checkpoint.fields, num_layers=3, num_slots=NUM_EXPERTS)
+    for layer in range(3):
+        for tensor in weights[layer].values():
+            tensor.fill_(3)
+    before = [weights.checksum(layer, 0) for layer in range(3)]
+    checkpoint.load_into(weights, plan, 1)
+    assert [weights.checksum(layer, 0) for layer in range(3)] == before
+    assert checkpoint.bytes_read == 0
+
+
+def test_adopted_tensors_are_not_copied():
+    layers = [{"w": torch.randn(4, 3, 2), "s": torch.randn(4)} for _ in range(2)]
+    weights = ExpertWeights.adopt(layers)
+    assert weights.fields == (
+        ExpertField("w", (3, 2), torch.float32),
+        ExpertField("s", (), torch.float32),
+    )
+    assert (weights.num_layers, weights.num_slots, weights.expert_bytes) == (2, 4, 28)
+    weights.copy_slot(1, source=0, target=3)
+    assert torch.equal(layers[1]["w"][3], layers[1]["w"][0])
+    assert weights[0]["w"] is layers[0]["w"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "code"),
+    [
+        ([], "empty"),
+        ([{}], "empty"),
+        ([{"w": [1.0]}], "wrong_type"),
+        ([{"w": "scalar"}], "wrong_type"),
+        ([{"w": "whole"}, {"v": "whole"}], "wrong_shape"),
+        ([{"w": "whole"}, {"w": "short"}], "wrong_shape"),
+        ([{"w": "whole"}, {"w": "half"}], "wrong_dtype"),
+        ([{"w": "across"}], "not_contiguous"),
+    ],
+)
+def test_what_cannot_be_adopted(layers, code):
+    kinds = {
+        "scalar": torch.zeros(()),
+        "whole": torch.zeros(4, 3),
+        "short": torch.zeros(3, 3),
+        "half": torch.zeros(4, 3, dtype=torch.float16),
+        "across": torch.zeros(3, 4).T,
+    }
+    layers = [
+        {n: kinds.get(k, k) if isinstance(k, str) else k for n, k in layer.items()}
+        for layer in layers
+    ]
+    with pytest.raises(eplb_rs.InvalidInputError) as caught:
+        ExpertWeights.adopt(layers)
+    assert caught.value.code == code
+
+
+def test_fields_need_names_of_their_own():
+    field = ExpertField("w", (2,), torch.float32)
+    with pytest.raises(eplb_rs.InvalidInputError, match="twice"):
+        ExpertWeights([field, field], num_layers=1, num_slots=1)
+    with pytest.raises(eplb_rs.InvalidInputError, match="nothing"):
+        ExpertWeights([], num_layers=1, num_slots=1)
+
+
+def whole(folder):
+    return write_checkpoint(folder, "olmoe", np.random.default_rng(0), num_files=1)
+
+
+def without(name):
+    def spoil(folder):
+        tensors = whole(folder)
+        tensors.pop(name)
+        safetensors_torch.save_file(tensors, folder / "model-0.safetensors")
+
+    return spoil
+
+
+def with_tensor(name, tensor):
+    def spoil(folder):
+        tensors = whole(folder) | {name: tensor}
+        safetensors_torch.save_file(tensors, folder / "model-0.safetensors")
+
+    return spoil
+
+
+def cut(folder):
+    whole(folder)
+    path = folder / "model-0.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def doubled(folder):
+    whole(folder)
+    (folder / "again.safetensors").write_bytes((folder / "model-0.safetensors").read_bytes())
+
+
+UP = "model.layers.2.mlp.experts.3.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "code"),
+    [
+        (lambda folder: folder.mkdir(), "unreadable_file"),
+        (cut, "unreadable_file"),
+        (doubled, "repeated"),
+        (without(UP), "missing_tensor"),
+        (with_tensor(UP, torch.zeros(1, 1)), "wrong_shape"),
+        (with_tensor(UP, torch.zeros(INTER, HIDDEN)), "wrong_dtype"),
+    ],
+)
+def test_spoilt_checkpoints(tmp_path, spoil, code):
+    spoil(tmp_path / "in")
+    plan = random_plan(np.random.default_rng(0), eplb_rs.Topology(1, 2, 8))
+
+    def load():
+        checkpoint = Checkpoint(tmp_path / "in")
+        weights = ExpertWeights(checkpoint.fields, num_layers=3, num_slots=8)
+        for rank in range(2):
+            checkpoint.load_into(weights, plan, rank)
+
+    with pytest.raises(eplb_rs.InvalidInputError) as caught:
+        load()
+    assert caught.value.code == code
+
+
+def test_what_does_not_fit(tmp_path):
+    whole(tmp_path / "in")
+    checkpoint = Checkpoint(tmp_path / "in")
+    plan = random_plan(np.random.default_rng(0), eplb_rs.Topology(1, 2, 8))
+    weights = ExpertWeights(checkpoint.fields, num_layers=3, num_slots=8)
+    with pytest.raises(eplb_rs.InvalidInputError, match="rank of the plan, 0 to 1"):
+        checkpoint.load_into(weights, plan, 2)
+    few = ExpertWeights(checkpoint.fields[:1], num_layers=3, num_slots=8)
+    with pytest.raises(eplb_rs.InvalidInputError, match=r"ExpertWeights\(checkpoint.fields"):
+        checkpoint.load_into(few, plan, 0)
+    with pytest.raises(eplb_rs.InvalidInputError, match="8 slots, as the plan has"):
+        checkpoint.load_into(ExpertWeights(checkpoint.fields, num_layers=3, num_slots=9), plan, 0)
+    with pytest.raises(eplb_rs.InvalidInputError, match="deepseek_v3"):
+        Checkpoint(tmp_path / "in", layout="gpt2")
+    with pytest.raises(eplb_rs.InvalidInputError, match="another `layout`"):
+        Checkpoint(tmp_path / "in", layout="mixtral")
+    with pytest.raises(eplb_rs.InvalidInputError, match="a rank of the plan"):
+        slots_of(plan, -1)
