@@ -6,12 +6,14 @@ Letters: L layers, E logical experts, R slots, D ranks.
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import eplb_rs
 import numpy as np
 import numpy.typing as npt
 import pytest
 from eplb_rs import InfeasibleError, InvalidInputError, Plan, Planner, Topology
+from eplb_rs.loads import read_loads
 from hypothesis import given
 from hypothesis import strategies as st
 from placements import check
@@ -40,13 +42,53 @@ def test_ranks_are_even(gpus: int, slots: int, sigma: float, want: float, gap: f
     assert plan.gap <= gap
 
 
+DEEPSEEK_R1 = Path(__file__).parents[2] / "examples" / "data" / "deepseek_r1_1k1k.json"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "slots", "iterations", "wanted"),
+    [
+        (32, 9, 33, (0.9998, 0.9997, 0.9997)),
+        (32, 9, 1000, (0.9999, 0.9999, 0.9999)),
+        (64, 5, 150, (0.997, 0.9995, 0.9997)),
+        (64, 5, 1000, (0.9993, 0.9997, 0.9998)),
+    ],
+)
+def test_so_many_steps_reach_so_much(
+    gpus: int, slots: int, iterations: int, wanted: tuple[float, ...]
+) -> None:
+    loads = (read_loads(DEEPSEEK_R1).total, lognormal(1.0), lognormal(0.5))
+    planner = Planner(Topology(1, gpus, slots), iterations=iterations)
+    reference = Planner(Topology(1, gpus, slots), policy="deepseek")
+    for load, balance in zip(loads, wanted, strict=True):
+        plan = planner.plan(load)
+        check(plan)
+        assert plan.balance >= balance > reference.plan(load).balance
+        assert plan.duplicates == 0
+
+
+def test_groups_cost_what_they_must() -> None:
+    load = read_loads(DEEPSEEK_R1).total
+    plan = Planner(Topology(4, 8, 9), 8).plan(load)
+    check(plan)
+    assert plan.policy == "balanced"
+    assert plan.balance >= 0.799  # at most .7996 with each group on one node
+
+
 def test_more_steps_never_give_a_worse_plan() -> None:
     load = lognormal(1.0, 6)
-    for topology in (Topology(1, 32, 9), Topology(1, 64, 5), Topology(1, 144, 2)):
+    unlike = Topology(1, 32, 9, speeds=[1.0, 1.5] * 16)
+    for topology, groups in (
+        (Topology(1, 32, 9), 1),
+        (Topology(1, 64, 5), 1),
+        (Topology(1, 144, 2), 1),
+        (Topology(4, 8, 9), 8),
+        (unlike, 1),
+    ):
         worst = np.full(len(load), np.inf)
-        for iterations in (0, 1, 5, 30, 60, 100, 200, 400, 1000, 3000):
-            planner = Planner(topology, policy="balanced", iterations=iterations)
-            largest = planner.plan(load).rank_load.max(axis=1)
+        for iterations in (0, 1, 5, 30, 33, 60, 100, 150, 200, 400, 1000, 3000):
+            planner = Planner(topology, groups, iterations=iterations)
+            largest = planner.plan(load).rank_time.max(axis=1)
             assert (largest <= worst * (1 + 1e-6)).all()  # integer units round
             worst = largest
 

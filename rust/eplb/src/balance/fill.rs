@@ -50,6 +50,8 @@ fn place_by_load(
 ) -> bool {
     let Scratch { open, closed, .. } = scratch;
     let keys = Keys::new(part.num_ranks());
+    closed.clear();
+    closed.reserve(part.num_ranks());
     open.clear();
     open.resize(part.num_ranks().next_multiple_of(16), i32::MAX);
     for (rank, (open, &slots)) in open.iter_mut().zip(&part.slots_of).enumerate() {

@@ -309,6 +309,8 @@ impl Scratch {
             ..
         } = self;
         let most = part.slots_of.iter().filter(|&&slots| slots > 0).count() as u32;
+        head.clear();
+        head.reserve(part.weight.len());
         counts::greedy(&part.weight, part.num_slots(), most, count, head);
         let pairs = part.slots_of.iter().all(|&slots| slots == 2);
         let paired = part.is_even() && pairs && part.num_ranks() > fold::FEWEST;

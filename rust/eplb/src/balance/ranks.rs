@@ -70,6 +70,14 @@ impl Ranks {
         self.slowness.extend_from_slice(part.slowness());
     }
 
+    /// Has room for a copy of another table.
+    pub(crate) fn reserve_for(&mut self, other: &Self) {
+        let missing = other.share.len().saturating_sub(self.share.len());
+        if missing > 0 || self.hosts.len() < other.hosts.len() {
+            self.copy_from(other);
+        }
+    }
+
     /// Becomes a copy of another table, in the memory that is there.
     #[inline(always)]
     pub(crate) fn copy_from(&mut self, other: &Self) {

@@ -52,6 +52,8 @@ pub(crate) fn improve(
     best: &mut Ranks,
     scratch: &mut swaps::Scratch,
 ) {
+    scratch.reserve(ranks);
+    best.reserve_for(ranks);
     let enough = EVEN_ENOUGH.max(slack - MARGIN);
     let target = part.level_over_mean(enough);
     scratch.order.sort(ranks);

@@ -63,6 +63,10 @@ impl Starts {
         }
         sort(&mut self.rows, &mut self.order);
         let most = num_ranks as u32;
+        self.head.clear();
+        self.head.reserve(num_experts);
+        self.misplaced.clear();
+        self.misplaced.reserve(topology.num_slots());
         for (lane, load) in loads.chunks_exact(num_experts).enumerate() {
             let Start {
                 part,

@@ -82,6 +82,27 @@ pub(crate) struct Order {
     keys: Vec<u64>,
 }
 
+impl Scratch {
+    /// Has room for all that ranks may need, so that no search allocates.
+    pub(crate) fn reserve(&mut self, ranks: &Ranks) {
+        let width = ranks.width();
+        let pairs = width * width / 2;
+        for list in [&mut self.ours, &mut self.theirs, &mut self.best] {
+            reserve(list, width);
+        }
+        for list in [&mut self.our_slots, &mut self.their_slots, &mut self.who] {
+            reserve(list, width);
+        }
+        reserve(&mut self.our_pairs, pairs);
+        reserve(&mut self.their_pairs, pairs + LANES);
+    }
+}
+
+/// Has room for so many in all.
+fn reserve<T>(list: &mut Vec<T>, most: usize) {
+    list.reserve(most.saturating_sub(list.len()));
+}
+
 impl Order {
     fn key(ranks: &Ranks, rank: usize) -> u64 {
         (ranks.time(rank, ranks.load(rank)) as u64) << 32 | rank as u64
