@@ -11,8 +11,9 @@ from typing import Any
 
 import eplb_rs
 import numpy as np
-from cases import check, loads, timed
+from cases import check, loads
 from eplb_rs import _core
+from measuring import timed
 
 # By slots and ranks: steps a layer, and the gap that is wanted for each load.
 SHAPES = {
@@ -40,9 +41,9 @@ def rows(seconds: float) -> list[dict[str, Any]]:
             assert (tight <= largest * (1 + 1e-9)).all(), "a plan is below the bound"
             out = planner.allocate(*load.shape, 0)
             times = {
-                "plan_ms": timed(lambda: planner.plan_into(load, out), seconds),  # noqa: B023
-                "bound_ms": timed(lambda: _core.bounds(load, topology, 1), seconds),  # noqa: B023
-                "tight_ms": timed(plan.tight_lower_bound, seconds),
+                "plan_us": timed(lambda: planner.plan_into(load, out), seconds),  # noqa: B023
+                "bound_us": timed(lambda: _core.bounds(load, topology, 1), seconds),  # noqa: B023
+                "tight_us": timed(plan.tight_lower_bound, seconds),
             }
             rows.append(
                 {
@@ -53,7 +54,7 @@ def rows(seconds: float) -> list[dict[str, Any]]:
                     "gap": plan.gap,
                     "tight_gap": float(np.mean(largest / tight - 1)),
                     "wanted_gap": gap,
-                    **{key: time["median_ms"] for key, time in times.items()},
+                    **{key: time["median_us"] for key, time in times.items()},
                 }
             )
     return rows

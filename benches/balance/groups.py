@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import eplb_rs
-from cases import check, loads, timed
+from cases import check, loads
+from measuring import timed
 
 RULES: list[tuple[str, float | None]] = [
     ("strict", None),

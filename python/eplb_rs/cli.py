@@ -221,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="eplb",
         description="Plans where the experts of a mixture-of-experts model live.",
-        epilog="Each command's --help gives examples.",
+        epilog="eplb plan --help, eplb show --help and eplb explain --help give examples.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"eplb {_core.__version__}")

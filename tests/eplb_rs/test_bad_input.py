@@ -833,7 +833,13 @@ SLOTS = json.loads(changed())["log2phy"]
         (changed(format="other"), "wrong_format", "plan"),
         (changed(version=2), "wrong_format", "plan"),
         (changed(version=None), "wrong_format", "plan"),
-        *((changed(**{name: ...}), "wrong_format", "plan") for name in json.loads(changed())),
+        *(
+            (changed(**{name: ...}), "wrong_format", "plan")
+            for name in json.loads(changed())
+            if name != "group_rule"  # older plans have none
+        ),
+        (changed(group_rule="loose"), "wrong_format", "plan"),
+        (changed(group_rule=[]), "wrong_format", "plan"),
         (changed(topology=[2, 2, 2]), "wrong_format", "plan"),
         (changed(topology={"num_nodes": 2}), "wrong_format", "plan"),
         (

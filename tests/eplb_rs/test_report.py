@@ -44,11 +44,11 @@ assumed     --nodes 4
 planned in  0.512 ms (median of 100 calls)
 
                                        before     after     bound
-balance (mean / max rank load)         0.2266    0.7947    1.0000
-imbalance (max / mean)                  4.413     1.258     1.000
-imbalance of the worst layer            8.235     1.766     1.000
-largest rank load, sum of layers      68.53 M   19.54 M   15.53 M
-largest rank load, above the bound    341.3 %    25.8 %     0.0 %
+balance (mean / max rank load)         0.2266    0.7947    0.7996
+imbalance (max / mean)                  4.413     1.258     1.251
+imbalance of the worst layer            8.235     1.766     1.680
+largest rank load, sum of layers      68.53 M   19.54 M   19.42 M
+largest rank load, above the bound    341.3 %     0.6 %     0.0 %
 duplicates (expert twice on a rank)         0       170         0
 
 worst layers  before   after        hottest experts   of layer  replicas  each*
@@ -107,7 +107,7 @@ def test_ascii(report):
 def test_layer_text(report):
     text = report.layer_text(57)
     assert text.startswith("Layer 57: 256 experts in 288 slots of 32 ranks\n")
-    assert "imbalance 8.235 before, 1.621 after, 1.000 at best; 2 duplicates" in text
+    assert "imbalance 8.235 before, 1.621 after, 1.620 at best; 2 duplicates" in text
     assert "222x2" in text
     assert max(map(len, text.splitlines())) <= 80
     rows = [line for line in text.splitlines() if re.match(r" *\d+ +\S+ k", line)]

@@ -103,7 +103,7 @@ pub fn lower_bound(load: &Load<'_>, topology: &Topology, num_groups: usize) -> R
 /// as there are of at least `v`; prices on these conditions that no choice of counts can pay prove
 /// that `T` is too low. Elsewhere the cheap bound is returned.
 ///
-/// About 1 to 4 ms a layer of 256 experts on 288 slots, depending on the load.
+/// About 0.2 to 2.7 ms a layer of 256 experts on 288 slots, by the load.
 ///
 /// # Errors
 /// As [`lower_bound`]; [`Code::WrongShape`] unless `upper` has a value for each layer.
