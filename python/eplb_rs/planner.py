@@ -262,9 +262,7 @@ class Planner:
                 raise _wrong_type("limits", limits, "an eplb_rs.TransferLimits")
         return Plan._made(placement, array, core.num_groups, core.policy, layer_ids)
 
-    def frontier(
-        self, load: LoadLike, previous: Plan, *, repeats: bool = True
-    ) -> list[Milestone]:
+    def frontier(self, load: LoadLike, previous: Plan, *, repeats: bool = True) -> list[Milestone]:
         """Balance against moves, from the plan in force.
 
         Args:

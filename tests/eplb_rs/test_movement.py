@@ -171,7 +171,12 @@ def test_what_does_not_fit_is_refused(previous: Plan) -> None:
         (PLANNER, AFTER, {"previous": previous, "move_cost": float("nan")}, "move_cost"),
         (PLANNER, AFTER, {"previous": previous, "min_balance": 0}, "min_balance"),
         (PLANNER, AFTER, {"previous": previous, "limits": 3}, "limits"),
-        (PLANNER, AFTER, {"previous": previous, "limits": TransferLimits(expert_bytes=[1])}, "expert_bytes"),
+        (
+            PLANNER,
+            AFTER,
+            {"previous": previous, "limits": TransferLimits(expert_bytes=[1])},
+            "expert_bytes",
+        ),
         (Planner(Topology(4, 8, 9), policy="trivial"), AFTER, {"previous": previous}, "previous"),
     ):
         with pytest.raises(InvalidInputError) as caught:
