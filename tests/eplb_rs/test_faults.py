@@ -28,22 +28,44 @@ def orphans(previous: Plan, topology: Topology) -> int:
 def test_a_rank_dies(previous: Plan, dead: list[int]) -> None:
     topology = ALL.with_dead(dead)
     planner = Planner(topology, policy="balanced")
-    least = planner.plan(LOAD, previous=previous, max_moves=0)
+    for repeats in (True, False):
+        least = planner.plan(LOAD, previous=previous, max_moves=0, repeats=repeats)
+        assert arrivals(least, previous) == orphans(previous, topology)
     check(least)
-    assert arrivals(least, previous) == orphans(previous, topology)
+    scratch = planner.plan(LOAD)
     plan = planner.plan(LOAD, previous=previous)
     check(plan)
-    assert plan.balance >= 0.99 * planner.plan(LOAD).balance
+    assert plan.balance >= 0.99 * scratch.balance
+    # About as even as a plan from scratch, for about half of the moves.
+    enough = planner.plan(LOAD, previous=previous, min_balance=0.99 * scratch.balance)
+    assert enough.balance >= 0.99 * scratch.balance - 1e-6
+    assert arrivals(enough, previous) <= 8 * 40
+
+
+def test_a_node_of_two_dies() -> None:
+    topology = Topology(16, 2, 9)
+    previous = Planner(topology, policy="balanced").plan(LOAD)
+    planner = Planner(topology.with_dead([6, 7]), policy="balanced")
+    scratch = planner.plan(LOAD)
+    least = planner.plan(LOAD, previous=previous, max_moves=0)
+    assert arrivals(least, previous) == orphans(previous, planner.topology)
+    enough = planner.plan(LOAD, previous=previous, min_balance=0.99 * scratch.balance)
+    assert enough.balance >= 0.99 * scratch.balance - 1e-6
+    assert arrivals(enough, previous) <= 8 * 40
 
 
 def test_a_rank_joins(previous: Plan) -> None:
     without = Planner(ALL.with_dead([5]), policy="balanced").plan(LOAD)
-    plan = Planner(ALL, policy="balanced").plan(LOAD, previous=without)
+    planner = Planner(ALL, policy="balanced")
+    plan = planner.plan(LOAD, previous=without)
     check(plan)
     assert plan.balance >= 0.999
-    fewest = Planner(ALL, policy="balanced").plan(LOAD, previous=without, max_moves=0)
-    check(fewest)
-    assert arrivals(fewest, without) == 8 * 9
+    # One expert for each layer, in all slots of the rank; without repeats, one for each slot.
+    fewest = planner.plan(LOAD, previous=without, max_moves=0)
+    assert arrivals(fewest, without) <= 8 * 9
+    filled = planner.plan(LOAD, previous=without, max_moves=0, repeats=False)
+    check(filled)
+    assert arrivals(filled, without) == 8 * 9
 
 
 def test_a_node_dies() -> None:

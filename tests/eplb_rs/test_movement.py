@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
-from eplb_rs import InvalidInputError, Plan, Planner, Topology
+from eplb_rs import InvalidInputError, Plan, Planner, Topology, TransferLimits
 from placements import arrivals
 
 BEFORE = np.round(np.random.default_rng(0).lognormal(0, 1, (58, 256)) * 1000)
@@ -19,27 +19,108 @@ def previous() -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("moves", "balance"), [(0, 0.920), (60, 0.940), (400, 0.963), (800, 0.980), (1600, 0.9944)]
+    ("moves", "balance"), [(0, 0.922), (60, 0.940), (400, 0.963), (800, 0.980), (1600, 0.9945)]
 )
 def test_few_moves_go_far(previous: Plan, moves: int, balance: float) -> None:
     plan = PLANNER.plan(AFTER, previous=previous, max_moves=moves)
     assert arrivals(plan, previous) <= moves
     assert plan.balance >= balance
+    # What stays on its rank keeps its slot; a slot that changes without a move repeats an expert.
+    changed = int((plan.phy2log != previous.phy2log).sum())
+    assert changed <= arrivals(plan, previous) + plan.duplicates
+
+
+@pytest.mark.parametrize(
+    ("moves", "balance"), [(0, 0.920), (60, 0.940), (400, 0.963), (800, 0.980), (1600, 0.9945)]
+)
+def test_few_moves_go_far_without_repeats(previous: Plan, moves: int, balance: float) -> None:
+    plan = PLANNER.plan(AFTER, previous=previous, max_moves=moves, repeats=False)
+    assert arrivals(plan, previous) <= moves
+    assert plan.balance >= balance
     assert plan.duplicates == 0
     changed = int((plan.phy2log != previous.phy2log).sum())
-    assert changed == arrivals(plan, previous)  # what stays on its rank keeps its slot
+    assert changed == arrivals(plan, previous)
 
 
 def test_the_frontier_rises_and_is_kept(previous: Plan) -> None:
-    frontier = PLANNER.frontier(AFTER, previous)
-    moves = [milestone.moves for milestone in frontier]
-    balance = [milestone.balance for milestone in frontier]
-    assert moves[0] == 0
-    assert moves == sorted(set(moves))
-    assert balance == sorted(balance)
-    unlimited = PLANNER.plan(AFTER, previous=previous)
-    assert unlimited.balance == pytest.approx(balance[-1], abs=1e-5)
-    assert arrivals(unlimited, previous) == moves[-1]
+    for repeats in (True, False):
+        frontier = PLANNER.frontier(AFTER, previous, repeats=repeats)
+        moves = [milestone.moves for milestone in frontier]
+        balance = [milestone.balance for milestone in frontier]
+        assert moves[0] == 0
+        assert moves == sorted(set(moves))
+        assert balance == sorted(balance)
+        unlimited = PLANNER.plan(AFTER, previous=previous, repeats=repeats)
+        assert unlimited.balance == pytest.approx(balance[-1], abs=1e-5)
+        assert arrivals(unlimited, previous) == moves[-1]
+
+
+def test_a_price_stops_moves_that_gain_less(previous: Plan) -> None:
+    plans = [
+        PLANNER.plan(AFTER, previous=previous, move_cost=cost) for cost in (0.001, 30, 300, 1e9)
+    ]
+    moves = [arrivals(plan, previous) for plan in plans]
+    assert moves == sorted(moves, reverse=True)
+    assert moves[0] > 1000
+    assert moves[-1] == 0
+    heaviest = [plan.rank_load.max(axis=1).sum() for plan in plans]
+    for cost, some, none in zip((30, 300), moves[1:3], heaviest[1:3], strict=True):
+        assert heaviest[-1] - none > cost * some
+
+
+def test_a_balance_that_is_enough_stops_moves(previous: Plan) -> None:
+    for balance in (0.95, 0.98):
+        plan = PLANNER.plan(AFTER, previous=previous, min_balance=balance)
+        assert balance - 1e-6 <= plan.balance < balance + 0.003
+
+
+def test_limits_on_bytes_and_seconds_are_kept(previous: Plan) -> None:
+    speeds = {"intra_node_gb_s": 200.0, "inter_node_gb_s": 25.0, "latency_us": 10.0}
+    most = 44e6 * 20
+    limits = TransferLimits(expert_bytes=44e6, max_bytes_per_rank=most)
+    plan = PLANNER.plan(AFTER, previous=previous, limits=limits)
+    sent = plan.transfers(previous).rank_bytes(44e6)
+    assert 0.9 * most <= sent.max() <= most
+    assert sent.sum(axis=0)[0] == sent.sum(axis=0)[1]
+    limits = TransferLimits(expert_bytes=44e6, max_seconds=0.1, **speeds)
+    plan = PLANNER.plan(AFTER, previous=previous, limits=limits)
+    seconds = plan.transfers(previous).predicted_s(44e6, **speeds)
+    assert 0.08 <= seconds <= 0.1
+    assert plan.balance > previous.with_load(AFTER).balance
+    nothing = PLANNER.plan(
+        AFTER, previous=previous, limits=TransferLimits(expert_bytes=44e6, max_bytes_per_rank=0)
+    )
+    assert arrivals(nothing, previous) == 0
+
+
+def test_a_plan_is_worth_it_over_a_long_horizon(previous: Plan) -> None:
+    costs = {
+        "us_per_token": 0.01,
+        "expert_bytes": 44e6,
+        "intra_node_gb_s": 200.0,
+        "inter_node_gb_s": 25.0,
+    }
+    short = PLANNER.worth_it(AFTER, previous, horizon=0.1, **costs)
+    long = PLANNER.worth_it(AFTER, previous, horizon=1e4, **costs)
+    assert not short or short.moves == 0
+    assert long
+    assert long.net_s == long.gain_s - long.cost_s > 0
+    assert long.moves == arrivals(long.plan, previous)
+    assert long.balance > long.balance_before == previous.with_load(AFTER).balance
+    same = PLANNER.worth_it(AFTER, previous, previous, horizon=1, **costs)
+    assert (same.gain_s, same.cost_s, bool(same)) == (0, 0, False)
+    for name in ("horizon", *costs):
+        with pytest.raises(InvalidInputError) as caught:
+            PLANNER.worth_it(AFTER, previous, previous, **{"horizon": 1, **costs, name: -1})
+        assert caught.value.argument == name
+
+
+@pytest.mark.parametrize("threads", [2, 8])
+def test_threads_make_no_difference(previous: Plan, threads: int) -> None:
+    planner = Planner(Topology(4, 8, 9), policy="balanced", threads=threads)
+    for moves in (60, 800, None):
+        plan = planner.plan(AFTER, previous=previous, max_moves=moves)
+        assert plan == PLANNER.plan(AFTER, previous=previous, max_moves=moves)
 
 
 def test_nothing_moves_where_nothing_has_changed(previous: Plan) -> None:
@@ -72,6 +153,7 @@ def test_a_plan_with_an_expert_twice_on_a_rank_is_a_start_as_well() -> None:
     )
     planner = Planner(topology, policy="balanced")
     kept = planner.plan(np.ones((1, 10)), previous=previous, max_moves=0)
+    assert arrivals(kept, previous) == 0
     assert set(kept.phy2log[0].tolist()) == set(range(10))
     plan = planner.plan(np.arange(1, 11)[None], previous=previous)
     assert plan.duplicates == 0
@@ -85,6 +167,16 @@ def test_what_does_not_fit_is_refused(previous: Plan) -> None:
         (PLANNER, AFTER, {"previous": "plan"}, "previous"),
         (PLANNER, AFTER, {"max_moves": 3}, "max_moves"),
         (PLANNER, AFTER, {"previous": previous, "max_moves": -1}, "max_moves"),
+        (PLANNER, AFTER, {"move_cost": 3}, "move_cost"),
+        (PLANNER, AFTER, {"previous": previous, "move_cost": float("nan")}, "move_cost"),
+        (PLANNER, AFTER, {"previous": previous, "min_balance": 0}, "min_balance"),
+        (PLANNER, AFTER, {"previous": previous, "limits": 3}, "limits"),
+        (
+            PLANNER,
+            AFTER,
+            {"previous": previous, "limits": TransferLimits(expert_bytes=[1])},
+            "expert_bytes",
+        ),
         (Planner(Topology(4, 8, 9), policy="trivial"), AFTER, {"previous": previous}, "previous"),
     ):
         with pytest.raises(InvalidInputError) as caught:

@@ -41,8 +41,9 @@ const AIMS: u32 = 3;
 const FURTHER: f64 = 0.1;
 const FURTHER_MOVES: f64 = 2.0;
 
-/// Which multiples of the level are aimed at that a balance asks for.
-const NEAR: [f64; 3] = [1.0, 0.7, 1.5];
+/// What part of the way from the floor to the level that a balance asks for is aimed at: what is gained
+/// too much is handed back where it is dearest.
+const NEAR: f64 = 0.95;
 
 /// How few moves lead how far: the moves, over all layers, and the balance then.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -157,9 +158,8 @@ impl Scratch {
         match (most, reach.min_balance) {
             (Some(most), _) => self.walk_moves(most.saturating_sub(self.forced()), budget),
             (None, Some(balance)) => {
-                let aim = self.aim_of_balance(balance);
-                let aims = NEAR.map(|factor| (aim * factor).max(LEAST_AIM));
-                self.walk_to(&aims, budget);
+                let aim = self.aim_of_balance(balance) * NEAR;
+                self.walk_to(&[aim.max(LEAST_AIM)], budget);
             }
             (None, None) => self.walk_to(&LEVELS, budget),
         }
