@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from eplb_rs import InvalidInputError, Plan, Planner, Topology
+from eplb_rs import InvalidInputError, Planner, Topology
 from eplb_rs.loads import read_loads
 from eplb_rs.scenarios import Outlook
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from placements import arrivals, check
 
 TRACE = Path(__file__).parents[2] / "examples/data/esft_v2lite_load_history_w256.json"
