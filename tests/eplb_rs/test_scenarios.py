@@ -1,0 +1,212 @@
+"""Plans for several scenarios: good in the next window, few moves, the same everywhere."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from eplb_rs import InvalidInputError, Planner, Topology
+from eplb_rs.loads import read_loads
+from eplb_rs.scenarios import Outlook
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from placements import arrivals, check
+
+TRACE = Path(__file__).parents[2] / "examples/data/esft_v2lite_load_history_w256.json"
+
+
+@pytest.fixture(scope="module")
+def windows():
+    """The trace in windows of 1,024 tokens, every sixth layer: `[32, 5, 64]`."""
+    loads = read_loads(TRACE).loads[:128]
+    return loads.reshape(32, 4, 26, 64).sum(axis=1)[:, ::6].astype(np.float32)
+
+
+def planner(slots, ranks, iterations=300, threads=1):
+    machines = Topology.from_totals(num_replicas=slots, num_nodes=1, num_gpus=ranks)
+    return Planner(machines, policy="balanced", iterations=iterations, threads=threads)
+
+
+def balance(plan, load, split):
+    judged = plan.with_shares(load) if split == "shares" else plan.with_load(load)
+    return judged.balance
+
+
+def layer_moves(plan, previous):
+    """How many experts of each layer are on a rank that did not hold them."""
+    shape = (plan.num_layers, plan.topology.num_gpus, -1)
+    now, then = plan.phy2log.reshape(shape), previous.phy2log.reshape(shape)
+    stayed = (now[..., :, None] == then[..., None, :]).any(axis=-1)
+    return (~stayed).sum(axis=(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("slots", "ranks", "split", "least"),
+    [
+        (72, 8, "uniform", 0.885),
+        (80, 16, "uniform", 0.82),
+        (72, 8, "shares", 0.955),
+        (80, 16, "shares", 0.925),
+    ],
+)
+def test_plans_are_good_in_the_next_window(windows, slots, ranks, split, least):
+    outlook = Outlook(spread=0.1, flatness=0.0) if split == "uniform" else Outlook()
+    plan, scores = None, []
+    for window in range(1, 32):
+        previous = plan
+        plan = planner(slots, ranks).plan_windows(
+            windows[:window],
+            previous=previous,
+            max_moves_per_layer=None if previous is None else slots // 4,
+            split=split,
+            outlook=outlook,
+        )
+        check(plan)
+        if previous is not None:
+            assert layer_moves(plan, previous).max() <= slots // 4
+        scores.append(balance(plan, windows[window], split))
+    assert np.mean(scores) >= least
+
+
+def test_more_windows_are_better_than_the_last(windows):
+    one, many = [], []
+    for window in range(2, 8):
+        for scores, past in ((one, windows[window - 1 : window]), (many, windows[:window])):
+            plan = planner(80, 16).plan_scenarios(past)
+            scores.append(balance(plan, windows[window], "uniform"))
+    assert np.mean(many) > np.mean(one)
+
+
+@pytest.mark.parametrize("split", ["uniform", "shares"])
+def test_threads_do_not_change_the_plan(windows, split):
+    plans = [
+        planner(80, 16, 100, threads).plan_windows(windows[:5], split=split).phy2log
+        for threads in (1, 2, 3)
+    ]
+    assert (plans[0] == plans[1]).all()
+    assert (plans[0] == plans[2]).all()
+
+
+def test_no_layer_is_worse_than_where_it_starts(windows):
+    previous = planner(96, 32).plan(windows[0])
+    plan = planner(96, 32).plan_scenarios(windows[8:9], previous=previous, split="shares")
+    start, end = (p.with_shares(windows[8]).rank_load.max(axis=1) for p in (previous, plan))
+    assert (end <= start * (1 + 1e-6)).all()
+    assert (end < start * 0.8).any()
+
+
+def test_no_moves_leave_the_plan_as_it_is(windows):
+    previous = planner(80, 16).plan(windows[0])
+    for limit in ({"max_moves": 0}, {"max_moves_per_layer": 0}):
+        plan = planner(80, 16).plan_scenarios(windows[:4], previous=previous, **limit)
+        assert arrivals(plan, previous) == 0
+
+
+def test_moves_go_where_they_gain(windows):
+    previous = planner(96, 32).plan(windows[0])
+    balances = []
+    for moves in (0, 5, 20, 60):
+        plan = planner(96, 32).plan_scenarios(
+            windows[8:9], previous=previous, max_moves=moves, split="shares"
+        )
+        assert arrivals(plan, previous) <= moves
+        balances.append(balance(plan, windows[8], "shares"))
+    assert balances == sorted(balances)
+    assert balances[-1] > balances[0] + 0.05
+
+
+def test_linked_ranks_give_shares_room():
+    load = np.round(np.random.default_rng(0).lognormal(0, 1, (58, 256)) * 1000)
+    jittered = load * np.random.default_rng(1).lognormal(0, 0.1, load.shape)
+    plan = planner(288, 32, 1000).plan_linked(load[::4], slack=0.0016)
+    check(plan)
+    ordinary = planner(288, 32, 1000).plan(load[::4])
+    assert plan.balance >= 0.999
+    assert balance(plan, jittered[::4], "shares") >= 0.977
+    assert (
+        balance(plan, jittered[::4], "shares") > balance(ordinary, jittered[::4], "shares") + 0.01
+    )
+
+
+def test_windows_before_a_shift_are_left_out(windows):
+    outlook = Outlook(copies=3)
+    assert outlook.since_shift(windows[:8]) == 0
+    assert outlook.since_shift(windows[:12]) == 8
+    scenarios = outlook.scenarios(windows[:12])
+    assert scenarios.shape == (4 + 3, 5, 64)
+    assert (scenarios[0] == windows[11]).all()
+    assert (scenarios == outlook.scenarios(windows[:12])).all()
+    # A layer's copies do not depend on those before it.
+    alone = Outlook(copies=3, shift=1.0).scenarios(windows[8:12, 2:3])
+    assert (alone == scenarios[:, 2:3]).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_any_scenarios_give_a_placement(data):
+    ranks = data.draw(st.integers(1, 5))
+    per_rank = data.draw(st.integers(1, 4))
+    experts = data.draw(st.integers(1, ranks * per_rank))
+    shape = (data.draw(st.integers(1, 20)), data.draw(st.integers(1, 2)), experts)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    scenarios = rng.integers(0, data.draw(st.sampled_from([1, 2, 10**6])), shape)
+    split = data.draw(st.sampled_from(["uniform", "shares"]))
+    made = planner(ranks * per_rank, ranks, 50)
+    plan = made.plan_scenarios(scenarios, split=split)
+    check(plan)
+    moves = data.draw(st.integers(0, 5))
+    after = made.plan_scenarios(
+        rng.integers(0, 9, shape), previous=plan, max_moves=moves, split=split
+    )
+    check(after)
+    assert arrivals(after, plan) <= moves
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "argument"),
+    [
+        ({"scenarios": np.ones((2, 4))}, "wrong_shape", "scenarios"),
+        ({"scenarios": np.ones((0, 1, 4))}, "empty", "scenarios"),
+        ({"scenarios": -np.ones((1, 1, 4))}, "negative", "scenarios"),
+        ({"scenarios": np.full((1, 1, 4), np.nan)}, "not_finite", "scenarios"),
+        ({"scenarios": np.ones((300, 1, 4))}, "too_large", "scenarios"),
+        ({"weights": [1.0]}, "wrong_shape", "weights"),
+        ({"weights": [1.0, -1.0]}, "out_of_range", "weights"),
+        ({"weights": [0.0, 0.0]}, "out_of_range", "weights"),
+        ({"weights": "ab"}, "wrong_type", "weights"),
+        ({"split": "odd"}, "unknown", "split"),
+        ({"split": 3}, "wrong_type", "split"),
+        ({"previous": 3}, "wrong_type", "previous"),
+        ({"max_moves": 3}, "inconsistent", "max_moves"),
+        ({"max_moves_per_layer": 3}, "inconsistent", "max_moves_per_layer"),
+    ],
+)
+def test_bad_input_is_refused(change, code, argument):
+    arguments = {"scenarios": np.ones((2, 1, 4)), **change}
+    with pytest.raises(InvalidInputError) as caught:
+        planner(6, 2).plan_scenarios(**arguments)
+    assert (caught.value.code, caught.value.argument) == (code, argument)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "code"),
+    [
+        ({"spread": -1.0}, "out_of_range"),
+        ({"flatness": 2.0}, "out_of_range"),
+        ({"shift": float("nan")}, "out_of_range"),
+        ({"copies": -1}, "negative"),
+        ({"most_windows": 0}, "not_positive"),
+        ({"copies": 1000}, "too_large"),
+    ],
+)
+def test_bad_outlooks_are_refused(settings_, code):
+    with pytest.raises(InvalidInputError) as caught:
+        Outlook(**settings_).scenarios(np.ones((1, 1, 4)))
+    assert caught.value.code == code
+
+
+def test_dead_ranks_and_bad_slack_are_refused():
+    dead = Planner(planner(8, 4).topology.with_dead([0]), policy="balanced")
+    with pytest.raises(InvalidInputError, match="topology"):
+        dead.plan_scenarios(np.ones((1, 1, 4)))
+    with pytest.raises(InvalidInputError, match="slack"):
+        planner(8, 4).plan_linked(np.ones((1, 4)), slack=2)
