@@ -215,7 +215,7 @@ def problems(  # noqa: D417 - hypothesis passes `draw`
     >>> @given(problems(hierarchical=True))
     ... def test_groups_stay(problem):
     ...     nodes = problem.topology.num_nodes
-    ...     plan = Planner(problem.topology, problem.num_groups).plan(problem.load)
+    ...     plan = Planner(problem.topology, problem.num_groups, "deepseek").plan(problem.load)
     ...     check_groups_stay_on_nodes(
     ...         plan.phy2log,
     ...         num_experts=problem.num_experts,

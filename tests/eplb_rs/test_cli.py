@@ -15,7 +15,18 @@ from eplb_rs import cli
 DATA = Path(__file__).parents[2] / "examples" / "data"
 DEEPSEEK_R1 = str(DATA / "deepseek_r1_1k1k.json")
 ESFT = str(DATA / "esft_v2lite_load_history_w256.json")
-SHAPE = ("--gpus", "32", "--nodes", "4", "--groups", "8", "--replicas", "288")
+SHAPE = (
+    "--gpus",
+    "32",
+    "--nodes",
+    "4",
+    "--groups",
+    "8",
+    "--replicas",
+    "288",
+    "--policy",
+    "deepseek",
+)
 
 
 @pytest.fixture

@@ -24,7 +24,8 @@ DATA = Path(__file__).parents[2] / "examples" / "data"
 def report():
     trace = read_loads(DATA / "deepseek_r1_1k1k.json")
     topology = eplb_rs.Topology(num_nodes=4, gpus_per_node=8, slots_per_gpu=9)
-    plan = eplb_rs.Planner(topology, num_groups=8).plan(trace.total, layer_ids=trace.layer_ids)
+    planner = eplb_rs.Planner(topology, num_groups=8, policy="deepseek")
+    plan = planner.plan(trace.total, layer_ids=trace.layer_ids)
     return Report(plan=plan, trace=trace)
 
 

@@ -30,7 +30,9 @@ def maps(plan: Plan) -> Arrays:
 
 
 def planned(problem: Problem, **options: Any) -> Plan:
-    return Planner(problem.topology, problem.num_groups, **options).plan(problem.load)
+    return Planner(problem.topology, problem.num_groups, **{"policy": "deepseek", **options}).plan(
+        problem.load
+    )
 
 
 def assert_same(got: Arrays, wanted: Arrays) -> None:
@@ -131,7 +133,10 @@ def test_scaling_by_a_power_of_two_changes_nothing(problem: Problem, power: int)
 @given(testing.problems())
 def test_the_sign_of_zero_changes_nothing(problem: Problem) -> None:
     negative = np.where(problem.load == 0, np.float32(-0.0), problem.load)
-    one, other = planned(problem), Planner(problem.topology, problem.num_groups).plan(negative)
+    one, other = (
+        planned(problem),
+        Planner(problem.topology, problem.num_groups, "deepseek").plan(negative),
+    )
     assert_same(maps(one), maps(other))
     assert one == other
     assert hash(one) == hash(other)
@@ -225,7 +230,7 @@ def test_planning_into_buffers_gives_the_same_bytes(
 
 @given(testing.problems())
 def test_what_a_planner_did_before_changes_nothing(problem: Problem) -> None:
-    planner = Planner(problem.topology, problem.num_groups)
+    planner = Planner(problem.topology, problem.num_groups, "deepseek")
     first = planner.plan(problem.load)
     many = np.repeat(problem.load[:, ::-1], 3, axis=0)
     planner.plan(many)
@@ -237,7 +242,7 @@ def test_what_a_planner_did_before_changes_nothing(problem: Problem) -> None:
 @given(testing.problems())
 def test_a_plan_outlives_its_planner_and_its_load(problem: Problem) -> None:
     load = problem.load.copy()
-    plan = Planner(problem.topology, problem.num_groups).plan(load)
+    plan = Planner(problem.topology, problem.num_groups, "deepseek").plan(load)
     arrays, rank_load = maps(plan), plan.rank_load
     load[:] = 1.0
     assert_same(arrays, reference.rebalance_experts(problem.load, *problem.arguments))

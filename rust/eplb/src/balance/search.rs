@@ -31,6 +31,9 @@ const STRAYS: usize = 8;
 /// other is followed by one more.
 const SMALL: usize = 4;
 
+/// With so few ranks, after how many tries the search returns to the best it has seen.
+const WANDER: u32 = 4;
+
 /// How many changes of counts are made at once, at most; after each, one in so many times another.
 const CHANGES: usize = 3;
 const FURTHER: usize = 4;
@@ -102,7 +105,9 @@ fn change_counts(
     let mut level = level;
     best.copy_from(ranks);
     let small = ranks.num_ranks() <= SMALL;
+    let mut tries = 0u32;
     while level > target && fuel.step() {
+        tries += 1;
         let mut changed = false;
         for change in 0..CHANGES {
             // One change more, now and then: some placements are two changes away from any better.
@@ -122,7 +127,7 @@ fn change_counts(
         if new <= level {
             level = new;
             best.copy_from(ranks);
-        } else {
+        } else if !small || tries.is_multiple_of(WANDER) {
             ranks.copy_from(best);
             scratch.order.mend(ranks);
         }
