@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import eplb_rs
@@ -42,10 +43,7 @@ def rows(seconds: float) -> list[dict[str, Any]]:
             ("a tenth more", {"max_moves": least * 11 // 10}),
             ("within 1 % of scratch", {"min_balance": NEAR * scratch}),
         ):
-
-            def call(limit: dict[str, Any] = limit) -> Plan:
-                return planner.plan(load, previous=previous, **limit)
-
+            call = partial(planner.plan, load, previous=previous, **limit)
             plan = call()
             assert all(set(row[row >= 0].tolist()) == set(range(256)) for row in plan.phy2log)
             assert not np.isin(np.flatnonzero((plan.phy2log >= 0).any(axis=0)) // 9, dead).any()
