@@ -23,9 +23,11 @@ LIMIT_MS = 3.0
 
 
 def arrivals(plan: Plan, previous: Plan) -> int:
-    """How many slots hold an expert that their rank did not hold before."""
+    """How many experts are on a rank that did not hold them before; one in two slots counts once."""
     now, then = (p.phy2log.reshape(p.num_layers, 32, 9) for p in (plan, previous))
-    return int((~(now[..., :, None] == then[..., None, :]).any(axis=-1) & (now >= 0)).sum())
+    now = np.sort(now)
+    first = np.diff(now, axis=-1, prepend=-1) > 0
+    return int((first & ~(now[..., :, None] == then[..., None, :]).any(axis=-1)).sum())
 
 
 def rows(seconds: float) -> list[dict[str, Any]]:
