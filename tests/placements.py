@@ -30,7 +30,8 @@ def check(plan: Plan) -> None:
 
 
 def arrivals(plan: Plan, previous: Plan) -> int:
-    """How many slots hold an expert that their rank did not hold before."""
+    """How many experts are on a rank that did not hold them before; one in two slots counts once."""
     shape = (plan.num_layers, plan.topology.num_gpus, -1)
-    now, then = plan.phy2log.reshape(shape), previous.phy2log.reshape(shape)
-    return int((~(now[..., :, None] == then[..., None, :]).any(axis=-1) & (now >= 0)).sum())
+    now, then = np.sort(plan.phy2log.reshape(shape)), previous.phy2log.reshape(shape)
+    first = np.diff(now, axis=-1, prepend=-1) > 0
+    return int((first & ~(now[..., :, None] == then[..., None, :]).any(axis=-1)).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import eplb_rs
@@ -22,9 +23,11 @@ LIMIT_MS = 3.0
 
 
 def arrivals(plan: Plan, previous: Plan) -> int:
-    """How many slots hold an expert that their rank did not hold before."""
+    """How many experts are on a rank that did not hold them before; one in two slots counts once."""
     now, then = (p.phy2log.reshape(p.num_layers, 32, 9) for p in (plan, previous))
-    return int((~(now[..., :, None] == then[..., None, :]).any(axis=-1) & (now >= 0)).sum())
+    now = np.sort(now)
+    first = np.diff(now, axis=-1, prepend=-1) > 0
+    return int((first & ~(now[..., :, None] == then[..., None, :]).any(axis=-1)).sum())
 
 
 def rows(seconds: float) -> list[dict[str, Any]]:
@@ -42,10 +45,7 @@ def rows(seconds: float) -> list[dict[str, Any]]:
             ("a tenth more", {"max_moves": least * 11 // 10}),
             ("within 1 % of scratch", {"min_balance": NEAR * scratch}),
         ):
-
-            def call(limit: dict[str, Any] = limit) -> Plan:
-                return planner.plan(load, previous=previous, **limit)
-
+            call = partial(planner.plan, load, previous=previous, **limit)
             plan = call()
             assert all(set(row[row >= 0].tolist()) == set(range(256)) for row in plan.phy2log)
             assert not np.isin(np.flatnonzero((plan.phy2log >= 0).any(axis=0)) // 9, dead).any()
