@@ -45,7 +45,7 @@ SPLITS: tuple[Split, Split] = ("uniform", "shares")
 OUTLOOKS = {"uniform": Outlook(spread=0.1, flatness=0.0), "shares": Outlook()}
 ITERATIONS = {
     "uniform": {72: 1000, 80: 1000, 96: 1000},
-    "shares": {72: 2000, 80: 1000, 96: 2000},
+    "shares": {72: 3000, 80: 1000, 96: 3000},
 }
 DOMAIN_WINDOWS = 8
 
