@@ -227,7 +227,7 @@ def simulate(
         num_groups: In how many groups the model's experts are.
         group_rule: As for :class:`eplb_rs.Planner`.
         max_moves: The most moves of a ``"balanced"`` or ``"scenarios"`` plan after the first, over
-            all layers; the latter takes an equal part in each layer.
+            all layers.
         iterations: As for :class:`eplb_rs.Planner`.
         threads: As for :class:`eplb_rs.Planner`.
         links: What moving weights costs; without it moves are counted only, without speeds bytes
@@ -463,11 +463,10 @@ class _Track:
         self._steps.append((window, moves, plan_us, seconds))
 
     def _for_scenarios(self, windows: npt.NDArray[np.float32], before: Plan | None) -> Plan:
-        limit = self._max_moves if before is not None else None
         return self.planner.plan_windows(
             windows,
             previous=before,
-            max_moves_per_layer=None if limit is None else limit // windows.shape[1],
+            max_moves=None if before is None else self._max_moves,
             split="shares" if "arriving" in self._scores else "uniform",
             outlook=_SINCE_SHIFT,
         )

@@ -139,7 +139,7 @@ def test_scenarios_are_the_windows_since_the_last_shift(trace):
             plan = planner.plan_windows(
                 windows[max(since, number - 8) : number],
                 previous=plan,
-                max_moves_per_layer=None if plan is None else 18,
+                max_moves=None if plan is None else 470,
                 split=split,
                 outlook=Outlook(shift=1.0),
             )
@@ -148,7 +148,7 @@ def test_scenarios_are_the_windows_since_the_last_shift(trace):
             expected.append(met.balance)
         found = outcome(simulation, "scenarios", shares)
         np.testing.assert_allclose(found.balance, expected, rtol=1e-6)
-        assert 0 < found.steps.moves.max() <= 18 * 26
+        assert 0 < found.steps.moves.max() <= 470
         assert found.steps.plan_us.min() > 0
 
 
