@@ -6,14 +6,14 @@ window is the sum over layers of the mean rank load, divided by the sum over lay
 
 >>> import eplb_rs
 >>> from eplb_rs.simulate import simulate
->>> trace = [[[60, 20, 10, 10]], [[50, 30, 10, 10]], [[40, 40, 10, 10]]]
+>>> trace = [[[10, 10, 60, 20]], [[10, 10, 50, 30]], [[20, 10, 60, 10]]]
 >>> topology = eplb_rs.Topology(num_nodes=1, gpus_per_node=2, slots_per_gpu=3)
 >>> result = simulate(trace, topology, policies=["trivial", "balanced"], estimator="last")
 >>> for outcome in result.outcomes:
 ...     print(outcome.policy, outcome.shares, outcome.balance.round(2))
-trivial uniform [0.91 1.  ]
-trivial arriving [1. 1.]
-balanced uniform [0.91 1.  ]
+trivial uniform [0.83 0.67]
+trivial arriving [1.   0.83]
+balanced uniform [1.   0.91]
 balanced arriving [1. 1.]
 
 Letters: T windows replayed, W windows scored, S plans made, L layers, E logical experts.
