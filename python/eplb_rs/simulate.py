@@ -6,14 +6,14 @@ window is the sum over layers of the mean rank load, divided by the sum over lay
 
 >>> import eplb_rs
 >>> from eplb_rs.simulate import simulate
->>> trace = [[[60, 20, 10, 10]], [[50, 30, 10, 10]], [[40, 40, 10, 10]]]
+>>> trace = [[[10, 10, 60, 20]], [[10, 10, 50, 30]], [[20, 10, 60, 10]]]
 >>> topology = eplb_rs.Topology(num_nodes=1, gpus_per_node=2, slots_per_gpu=3)
 >>> result = simulate(trace, topology, policies=["trivial", "balanced"], estimator="last")
 >>> for outcome in result.outcomes:
 ...     print(outcome.policy, outcome.shares, outcome.balance.round(2))
-trivial uniform [0.91 1.  ]
-trivial arriving [1. 1.]
-balanced uniform [0.91 1.  ]
+trivial uniform [0.83 0.67]
+trivial arriving [1.   0.83]
+balanced uniform [1.   0.91]
 balanced arriving [1. 1.]
 
 Letters: T windows replayed, W windows scored, S plans made, L layers, E logical experts.
@@ -227,7 +227,7 @@ def simulate(
         num_groups: In how many groups the model's experts are.
         group_rule: As for :class:`eplb_rs.Planner`.
         max_moves: The most moves of a ``"balanced"`` or ``"scenarios"`` plan after the first, over
-            all layers; the latter takes an equal part in each layer.
+            all layers.
         iterations: As for :class:`eplb_rs.Planner`.
         threads: As for :class:`eplb_rs.Planner`.
         links: What moving weights costs; without it moves are counted only, without speeds bytes
@@ -463,11 +463,10 @@ class _Track:
         self._steps.append((window, moves, plan_us, seconds))
 
     def _for_scenarios(self, windows: npt.NDArray[np.float32], before: Plan | None) -> Plan:
-        limit = self._max_moves if before is not None else None
         return self.planner.plan_windows(
             windows,
             previous=before,
-            max_moves_per_layer=None if limit is None else limit // windows.shape[1],
+            max_moves=None if before is None else self._max_moves,
             split="shares" if "arriving" in self._scores else "uniform",
             outlook=_SINCE_SHIFT,
         )

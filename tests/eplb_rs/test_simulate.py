@@ -1,5 +1,6 @@
 """A replayed trace: held to a replay of a few lines, figures to the page, words to the terminal."""
 
+import doctest
 import html as html_module
 import json
 import re
@@ -139,7 +140,7 @@ def test_scenarios_are_the_windows_since_the_last_shift(trace):
             plan = planner.plan_windows(
                 windows[max(since, number - 8) : number],
                 previous=plan,
-                max_moves_per_layer=None if plan is None else 18,
+                max_moves=None if plan is None else 470,
                 split=split,
                 outlook=Outlook(shift=1.0),
             )
@@ -148,7 +149,7 @@ def test_scenarios_are_the_windows_since_the_last_shift(trace):
             expected.append(met.balance)
         found = outcome(simulation, "scenarios", shares)
         np.testing.assert_allclose(found.balance, expected, rtol=1e-6)
-        assert 0 < found.steps.moves.max() <= 18 * 26
+        assert 0 < found.steps.moves.max() <= 470
         assert found.steps.plan_us.min() > 0
 
 
@@ -218,6 +219,11 @@ def test_threads_and_repeats_change_no_figure(trace):
         return [(one.largest.tolist(), one.steps.moves.tolist()) for one in simulation.outcomes]
 
     assert figures(1) == figures(1) == figures(2)
+
+
+def test_the_example_of_the_module():
+    assert doctest.testmod(sys.modules["eplb_rs.simulate"]).failed == 0
+    assert doctest.testmod(sys.modules["eplb_rs.forecast"]).failed == 0
 
 
 def test_progress_is_told(trace):
