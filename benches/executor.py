@@ -23,6 +23,7 @@ those times for other schedules is compared with what they take.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -126,16 +127,18 @@ class Ideal:
     def captured(self) -> Callable[[], None]:
         """The same without launches: one micro-batch as a graph, replayed."""
         own = self._inputs[0].detach().clone().requires_grad_()
+        # Layers of its own: what a contender has left of its graphs would be drawn in.
+        share = copy.deepcopy(self._share)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._share(own).backward(self._grad)
+                share(own).backward(self._grad)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         own.grad = None
         with torch.cuda.graph(graph):
-            self._share(own).backward(self._grad)
+            share(own).backward(self._grad)
         count = len(self._inputs)
 
         def run() -> None:
@@ -143,7 +146,7 @@ class Ideal:
                 graph.replay()
 
         # The graph reads and writes what it was captured with.
-        run.kept = own  # type: ignore[attr-defined]
+        run.kept = own, share  # type: ignore[attr-defined]
         return run
 
 

@@ -128,12 +128,17 @@ def _world(
             _rank(folder, function, number, rank, size, args, lossy=lossy)
         ranks[pid] = rank
     good = True
+    # A rank that is stopped from outside, and goes on, is like any other.
+    noticed = os.WUNTRACED | os.WCONTINUED if lossy else 0
     stopped: set[int] = set()
     while ranks.keys() - stopped and time.monotonic() < end:
         time.sleep(0.005)
         for pid, rank in list(ranks.items()):
-            changed, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+            changed, status = os.waitpid(pid, os.WNOHANG | noticed)
             if not changed:
+                continue
+            if os.WIFCONTINUED(status):
+                stopped.discard(pid)
                 continue
             file = folder / f"{number}-{rank}"
             if lossy and not os.WIFEXITED(status) and not file.exists():

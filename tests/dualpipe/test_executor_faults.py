@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,24 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(2, ROWS, WIDTH, generator=generator)
     return x, y
+
+
+class Stalls(threading.Thread):
+    """Adds up the time in which the machine did not let this process run."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.total_s = 0.0
+        self.start()
+
+    def run(self) -> None:
+        before = time.monotonic()
+        while True:
+            time.sleep(0.05)
+            now = time.monotonic()
+            if now - before > 0.3:
+                self.total_s += now - before
+            before = now
 
 
 class Trainer:
@@ -95,13 +114,14 @@ def lose_a_rank(rank: int, size: int, seed: int, stop: bool, folder: str) -> Any
     moment = Path(folder) / "moment"
     trainer = Trainer(method, dist.group.WORLD, Path(folder) / "checkpoint")
     losses = [trainer.step(number) for number in range(STEPS_BEFORE)]
+    stalls = Stalls()
     if rank == victim:
         arm(where, signal.SIGSTOP if stop else signal.SIGKILL, moment)
     try:
         for number in range(STEPS_BEFORE, STEPS_BEFORE + 2):
             trainer.step(number)
     except PeerLostError as error:
-        raised = time.monotonic()
+        raised = time.monotonic() - stalls.total_s
         lost = error
     trainer.executor.close()
     alive = [other for other in range(size) if other not in lost.lost]

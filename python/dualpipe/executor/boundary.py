@@ -162,4 +162,5 @@ def dry_forward(
 
 def _generators() -> list[int]:
     """The GPU whose random generator a forward may use, beside the CPU's."""
-    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return [torch.cuda.current_device()] if started else []

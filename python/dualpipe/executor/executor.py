@@ -214,7 +214,9 @@ class PipelineExecutor:
                 stage.begin(settings, plan.flights(stage, batch), first_micro_batch)
             with unseeded(self.seed is not None, self.device):
                 self._run(plan, self._stream(plan, training, reducing), settings)
-            return self._result(batch, settings)
+            result = self._result(batch, settings)
+            self._await_end(plan)
+            return result
         except PeerLostError as error:
             raise self._break_off(error) from error
         except BaseException as error:
@@ -508,20 +510,19 @@ class PipelineExecutor:
             self.graphs.begin(plan, stream.instructions, settings)
             self._recorder.begin()
             stream.run()
-            self._await_end()
-        if self.measure:
-            why = self._notes()
-            self._measured = plan.schedule, self._exchange((self._recorder.spans(), why))
 
-    def _await_end(self) -> None:
+    def _await_end(self, plan: Plan) -> None:
         if self.device.type == "cuda":
             # Not synchronize: what is lost while the streams run must be found.
             end = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            end.record()
+            end.record(torch.cuda.current_stream(self.device))
             while not end.query():  # type: ignore[no-untyped-call]
                 self.transport.poll()
                 self._watch.poll()
                 time.sleep(5e-5)
+        if self.measure:
+            why = self._notes()
+            self._measured = plan.schedule, self._exchange((self._recorder.spans(), why))
 
     def _notes(self) -> list[str]:
         """What did not run as it could on this rank, and why."""
