@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).parents[1]))
+import bounds
 import even
+import faults
+import groups
 import measuring
 import moves
 import steady
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 TABLES: dict[str, Callable[[float], list[dict[str, Any]]]] = {
     "even": even.rows,
     "steady": steady.rows,
+    "bounds": bounds.rows,
+    "groups": groups.rows,
     "moves": moves.rows,
+    "faults": faults.rows,
 }
 
 
