@@ -466,7 +466,7 @@ def _captured(stage: GraphedStage, like: _Like, kinds: set[Kind], settings: Sett
     return slot
 
 
-def _graph_of(work: Callable[[], None], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+def _graph_of(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     """The work as a graph; it is not run."""
     graph = torch.cuda.CUDAGraph()
     # Other threads (autograd's own, NCCL's watchdog) go on as they do.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
 
 from dualpipe.errors import PeerLostError, PipelineError
 from dualpipe.executor.transport.base import Arrival, Departure, Transport
@@ -32,6 +32,8 @@ from dualpipe.instruction import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch.distributed.distributed_c10d import Store
 
     from dualpipe.executor.transport.base import Envelope, Message, TensorSpec
 
@@ -135,11 +137,11 @@ class PushTransport(Transport):
         self._store = self._own_store()
         self._connect()
 
-    def _own_store(self) -> dist.Store:
+    def _own_store(self) -> Store:
         """The group's store, under a prefix that only this transport and its peers use."""
         store = _get_process_group_store(self.group)
         made = store.add(f"dualpipe/push/{self._rank}", 1)
-        return dist.PrefixStore(f"dualpipe/push/{made}", store)
+        return PrefixStore(f"dualpipe/push/{made}", store)
 
     def _connect(self) -> None:
         """Opens everybody's counters, or finds out that somebody's cannot be opened."""
