@@ -148,7 +148,7 @@ class NcclTransport(Transport):
         options.config.max_ctas = self._max_blocks
         store = PrefixStore(f"{sender}to{receiver}", self._store)
         # The sender is rank 0 of the two.
-        channel = dist.ProcessGroupNCCL(store, int(self._rank == receiver), 2, options)
+        channel: Any = dist.ProcessGroupNCCL(store, int(self._rank == receiver), 2, options)
         channel.eager_connect_single_device(self.device)
         # The first send waits on the host until the other end receives; two ranks that both send
         # first would wait for ever. So it is done here, where both are in the same order.
