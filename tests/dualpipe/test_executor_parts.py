@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import subprocess
+import sys
 
+import dualpipe
 import pytest
 import torch
 from dualpipe import METHODS, Instruction, Kind, PipelineError, Schedule
@@ -17,6 +20,17 @@ from dualpipe.executor.stream import Stream
 from torch import nn
 
 CPU = torch.device("cpu")
+
+
+def test_torch_is_imported_when_it_is_needed():
+    code = (
+        "import sys, dualpipe; assert 'torch' not in sys.modules; "
+        "assert dualpipe.DualPipe.__module__ == 'dualpipe.drop_in'; assert 'torch' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert all(hasattr(dualpipe, name) for name in dualpipe.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = dualpipe.nothing
 
 
 # Micro-batches

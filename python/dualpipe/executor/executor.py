@@ -81,7 +81,7 @@ class PipelineExecutor:
         gradients: ``"sum"`` of the micro-batches' gradients, as published, or their ``"mean"``.
         reduce_copies: Sum the gradients of a stage's copies, once per optimizer step, and check
             before the first that the copies are equal.
-        transport: ``"auto"``, ``"gloo"``, or a transport that is made already.
+        transport: ``"auto"``, ``"push"``, ``"nccl"``, ``"gloo"``, or a transport that is made already.
         device: Where inputs of stages live; by default where the first parameter does.
         limit_s: How long a wait for another rank may last.
         store: Lives in no rank; through it ranks find out which of them is lost. By default

@@ -315,7 +315,7 @@ class Graphs:
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(self._device)
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()
         # Weights cast once and kept would not follow the optimizer.
@@ -352,6 +352,7 @@ class Graphs:
         if stage.probe is not None and stage.probe.ratio < _LAUNCH_BOUND:
             percent = 100 * stage.probe.ratio
             raise _NotCapturable(f"its launches take {percent:.0f} % of its time, so are no limit")
+        like: _Like
         (like,) = stage.seen
         return like
 
@@ -376,7 +377,7 @@ class _Probe:
     """Times a forward on the host and on the GPU, from an empty queue on."""
 
     def __init__(self) -> None:
-        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
         self._host_s = 0.0
 
     def __enter__(self) -> None:
@@ -390,7 +391,8 @@ class _Probe:
     @property
     def ratio(self) -> float:
         """The host's part of the GPU's time."""
-        return 1e3 * self._host_s / max(self._events[0].elapsed_time(self._events[1]), 1e-3)
+        gpu_ms: float = self._events[0].elapsed_time(self._events[1])
+        return 1e3 * self._host_s / max(gpu_ms, 1e-3)
 
 
 def _slots_of(
@@ -466,7 +468,7 @@ def _captured(stage: GraphedStage, like: _Like, kinds: set[Kind], settings: Sett
     return slot
 
 
-def _graph_of(work: Callable[[], None], pool: tuple[int, int]) -> torch.cuda.CUDAGraph:
+def _graph_of(work: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     """The work as a graph; it is not run."""
     graph = torch.cuda.CUDAGraph()
     # Other threads (autograd's own, NCCL's watchdog) go on as they do.

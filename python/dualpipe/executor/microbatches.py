@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dualpipe.errors import PipelineError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["MicroBatches", "merge", "signature", "split", "split_mapping"]
 

@@ -137,7 +137,7 @@ class StepReport:
             forward=forward,
             backward_input=backward_input,
             backward_weight=backward_weight,
-            **sizes,  # type: ignore[arg-type]
+            **sizes,
         )
 
     @cached_property
@@ -246,7 +246,10 @@ class StepReport:
                 kind = plain_kind(span)
                 if kind != Kind.W:
                     made[kind == Kind.F, *span.instruction[1:]] = rank, span.end_s
-        seen: dict[tuple[int, int], list[float]] = defaultdict(list)
+        # What waited from before its message was made saw the link alone; what got free later may
+        # have waited for its own host as well, so the link back is taken before it.
+        clear: dict[tuple[int, int], list[float]] = defaultdict(list)
+        other: dict[tuple[int, int], list[float]] = defaultdict(list)
         for rank, spans in enumerate(self.spans):
             free = spans[0].start_s if spans else 0.0
             for span in spans:
@@ -256,10 +259,12 @@ class StepReport:
                 maker = made.get((kind == Kind.F, source, micro_batch, copy))
                 waited = (span.start_s - free) * 1e6 > _WAITED_US
                 if kind != Kind.W and waited and maker is not None and maker[0] != rank:
+                    seen = clear if maker[1] >= free else other
                     seen[maker[0], rank].append((span.start_s - maker[1]) * 1e6)
                 free = span.end_s
         latency = np.zeros((len(self.spans), len(self.spans)))
-        for link, found in seen.items():
+        for link in clear.keys() | other.keys():
+            found = clear.get(link) or clear.get(link[::-1]) or other[link]
             latency[link] = max(min(found), 0.0)
         return latency
 

@@ -77,10 +77,10 @@ class Recorder:
         def run() -> None:
             measured = computes and self.measure
             if marks:
-                torch.cuda.nvtx.range_push(name)
+                torch.cuda.nvtx.range_push(name)  # type: ignore[no-untyped-call]
             if measured:
                 clock.start()
-            if torch.autograd._profiler_enabled():
+            if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
                 with torch.profiler.record_function(name):
                     action()
             else:
@@ -89,7 +89,7 @@ class Recorder:
                 clock.stop()
                 self._done.append((instruction, pair))
             if marks:
-                torch.cuda.nvtx.range_pop()
+                torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
 
         return run
 
@@ -115,7 +115,8 @@ class _Clock:
     def start(self) -> None: ...
     def restart(self) -> None: ...
     def stop(self) -> None: ...
-    def times(self) -> list[tuple[float, float]]: ...
+    def times(self) -> list[tuple[float, float]]:
+        raise NotImplementedError
 
 
 class _HostClock(_Clock):
@@ -179,7 +180,7 @@ class _EventClock(_Clock):
 
 
 def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 class _NotedTransport(Transport):

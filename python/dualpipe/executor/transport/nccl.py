@@ -12,11 +12,11 @@ import time
 from collections import deque
 from datetime import timedelta
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
 
 from dualpipe.errors import PipelineError
 from dualpipe.executor.transport.base import Arrival, Departure, Transport
@@ -49,7 +49,7 @@ class _NcclArrival(Arrival):
         self._tensors: list[torch.Tensor] = []
         self._works: list[dist.Work] | None = None
 
-    def launch(self, channel: dist.ProcessGroupNCCL, sender: int) -> None:
+    def launch(self, channel: Any, sender: int) -> None:
         """Starts to receive, into memory that is free in the current stream."""
         device = self._transport.device
         self._tensors = [torch.empty(s.shape, dtype=s.dtype, device=device) for s in self._specs]
@@ -127,9 +127,9 @@ class NcclTransport(Transport):
         """What the computing stream waits for."""
         store = _get_process_group_store(group)
         made = store.add(f"dualpipe/nccl/{self._rank}", 1)
-        self._store = dist.PrefixStore(f"dualpipe/nccl/{made}", store)
+        self._store = PrefixStore(f"dualpipe/nccl/{made}", store)
         # By sender and receiver, ranks of the group.
-        self._channels: dict[tuple[int, int], dist.ProcessGroupNCCL] = {}
+        self._channels: dict[tuple[int, int], Any] = {}
         self._posted: dict[int, deque[_NcclArrival]] = {}
 
     def prepare(self, envelopes: Sequence[Envelope]) -> None:
@@ -141,14 +141,14 @@ class NcclTransport(Transport):
                 if (sender, receiver) not in self._channels:
                     self._channels[sender, receiver] = self._channel(sender, receiver)
 
-    def _channel(self, sender: int, receiver: int) -> dist.ProcessGroupNCCL:
+    def _channel(self, sender: int, receiver: int) -> Any:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = _NEVER
         options.config.min_ctas = 1
         options.config.max_ctas = self._max_blocks
-        store = dist.PrefixStore(f"{sender}to{receiver}", self._store)
+        store = PrefixStore(f"{sender}to{receiver}", self._store)
         # The sender is rank 0 of the two.
-        channel = dist.ProcessGroupNCCL(store, int(self._rank == receiver), 2, options)
+        channel: Any = dist.ProcessGroupNCCL(store, int(self._rank == receiver), 2, options)
         channel.eager_connect_single_device(self.device)
         # The first send waits on the host until the other end receives; two ranks that both send
         # first would wait for ever. So it is done here, where both are in the same order.

@@ -22,7 +22,7 @@ def driver() -> Any:
     Raises:
         ImportError: cuda-bindings, which torch's CUDA builds bring, is not installed.
     """
-    from cuda.bindings import driver as functions
+    from cuda.bindings import driver as functions  # type: ignore[import-untyped]
 
     return functions
 

@@ -60,11 +60,11 @@ class PolledWaits:
         while waits:
             first = waits[0]
             assert first.after is not None
-            if first.after.query():
+            if first.after.query():  # type: ignore[no-untyped-call]
                 waits.popleft()
                 self._events += (first.before, first.after)
                 continue
-            if first.since is None and first.before.query():
+            if first.since is None and first.before.query():  # type: ignore[no-untyped-call]
                 first.since = time.monotonic()
             if first.since is not None and time.monotonic() - first.since > self._limit_s:
                 raise PeerLostError(
@@ -81,6 +81,6 @@ class PolledWaits:
         self._events.clear()
 
     def _recorded(self) -> torch.cuda.Event:
-        event = self._events.pop() if self._events else torch.cuda.Event()
+        event = self._events.pop() if self._events else torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event

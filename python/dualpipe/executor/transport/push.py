@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_process_group_store
+from torch.distributed.distributed_c10d import PrefixStore, _get_process_group_store
 
 from dualpipe.errors import PeerLostError, PipelineError
 from dualpipe.executor.transport.base import Arrival, Departure, Transport
@@ -32,6 +32,8 @@ from dualpipe.instruction import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch.distributed.distributed_c10d import Store
 
     from dualpipe.executor.transport.base import Envelope, Message, TensorSpec
 
@@ -118,7 +120,7 @@ class PushTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, limit_s: float) -> None:
         super().__init__(group, device, limit_s)
-        if device.type == "cuda" and device.index is None:
+        if str(device) == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._rank, self._size = group.rank(), group.size()
         self._round = 0
@@ -135,11 +137,11 @@ class PushTransport(Transport):
         self._store = self._own_store()
         self._connect()
 
-    def _own_store(self) -> dist.Store:
+    def _own_store(self) -> Store:
         """The group's store, under a prefix that only this transport and its peers use."""
         store = _get_process_group_store(self.group)
         made = store.add(f"dualpipe/push/{self._rank}", 1)
-        return dist.PrefixStore(f"dualpipe/push/{made}", store)
+        return PrefixStore(f"dualpipe/push/{made}", store)
 
     def _connect(self) -> None:
         """Opens everybody's counters, or finds out that somebody's cannot be opened."""
@@ -153,7 +155,7 @@ class PushTransport(Transport):
                 handle = self._control.handle
                 # The stream that lets waiting ones go, should a peer be lost: of another
                 # priority, so that it shares no hardware queue with them.
-                self._rescue = torch.cuda.Stream(self.device, priority=-1)
+                self._rescue = torch.cuda.Stream(self.device, priority=-1)  # type: ignore[no-untyped-call]
                 torch.cuda.synchronize(self.device)
             except (ImportError, RuntimeError) as error:
                 why = str(error)
@@ -196,7 +198,7 @@ class PushTransport(Transport):
         """What each of these ranks gives, by rank; all of them must be here."""
         self._round += 1
         limit = timedelta(seconds=self.limit_s)
-        self._store.set(f"{self._round}/{self._rank}", pickle.dumps(mine))
+        self._store.set(f"{self._round}/{self._rank}", pickle.dumps(mine))  # type: ignore[arg-type]
         found = {}
         for rank in ranks:
             key = f"{self._round}/{rank}"
@@ -268,7 +270,7 @@ class PushTransport(Transport):
         starts = tensor_offsets(envelope.specs)
         for key in ((envelope.peer, Kind.F), (envelope.peer, Kind.B)):
             if key not in self._streams:
-                self._streams[key] = torch.cuda.Stream(self.device)
+                self._streams[key] = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         return _Target(place.number, [base + start for start in starts[:-1]])
 
     def post_receive(self, peer: int, message: Message, specs: Sequence[TensorSpec]) -> Arrival:
@@ -277,7 +279,7 @@ class PushTransport(Transport):
     def send(self, peer: int, message: Message, tensors: Sequence[torch.Tensor]) -> Departure:
         target = self._targets[message]
         held = [tensor.detach().contiguous() for tensor in tensors]
-        computed = torch.cuda.Event()
+        computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
         computed.record()
         stream = self._streams[peer, message.kind]
         stream.wait_event(computed)
@@ -387,10 +389,10 @@ def _host() -> str:
 
 def _drained(device: torch.device) -> bool:
     """Whether all streams of the device run out soon."""
-    end = torch.cuda.Event()
+    end = torch.cuda.Event()  # type: ignore[no-untyped-call]
     end.record(torch.cuda.current_stream(device))
     until = time.monotonic() + _DRAIN_S
-    while not end.query():
+    while not end.query():  # type: ignore[no-untyped-call]
         if time.monotonic() > until:
             return False
         time.sleep(1e-3)
