@@ -30,8 +30,7 @@ def check(plan: Plan) -> None:
 
 
 def arrivals(plan: Plan, previous: Plan) -> int:
-    """How many experts are on a rank that did not hold them before; one in two slots counts once."""
+    """How many slots hold an expert that their rank did not hold before."""
     shape = (plan.num_layers, plan.topology.num_gpus, -1)
-    now, then = np.sort(plan.phy2log.reshape(shape)), previous.phy2log.reshape(shape)
-    first = np.diff(now, axis=-1, prepend=-1) > 0
-    return int((first & ~(now[..., :, None] == then[..., None, :]).any(axis=-1)).sum())
+    now, then = plan.phy2log.reshape(shape), previous.phy2log.reshape(shape)
+    return int((~(now[..., :, None] == then[..., None, :]).any(axis=-1) & (now >= 0)).sum())

@@ -23,11 +23,9 @@ LIMIT_MS = 3.0
 
 
 def arrivals(plan: Plan, previous: Plan) -> int:
-    """How many experts are on a rank that did not hold them before; one in two slots counts once."""
+    """How many slots hold an expert that their rank did not hold before."""
     now, then = (p.phy2log.reshape(p.num_layers, 32, 9) for p in (plan, previous))
-    now = np.sort(now)
-    first = np.diff(now, axis=-1, prepend=-1) > 0
-    return int((first & ~(now[..., :, None] == then[..., None, :]).any(axis=-1)).sum())
+    return int((~(now[..., :, None] == then[..., None, :]).any(axis=-1) & (now >= 0)).sum())
 
 
 def rows(seconds: float) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ class Case(NamedTuple):
         topology = eplb_rs.Topology.from_totals(
             num_replicas=num_replicas, num_nodes=num_nodes, num_gpus=num_gpus
         )
-        return eplb_rs.Planner(topology, num_groups, threads=threads)
+        return eplb_rs.Planner(topology, num_groups, "deepseek", threads=threads)
 
 
 def read_cases() -> list[Case]:

@@ -33,8 +33,10 @@ const LEVELS: [f64; 8] = [0.05, 0.03, 0.018, 0.011, 0.007, 0.004, 0.002, 0.0003]
 /// The least that is aimed at.
 const LEAST_AIM: f64 = 0.0003;
 
-/// How many levels are aimed at for a number of moves.
+/// How many levels are aimed at for a number of moves; and from how many moves a layer on it is one
+/// less, since each walk then takes long.
 const AIMS: u32 = 3;
+const MANY: usize = 20;
 
 /// How much further each of them is than the one before, as a fraction of the moves there are, and
 /// how many moves for each layer more.
@@ -179,7 +181,8 @@ impl Scratch {
     /// Walks to levels that take about so many moves.
     fn walk_moves(&mut self, most: usize, budget: Budget) {
         let num_layers = self.layers.len();
-        let mut meter = Meter::new(budget, num_layers * (AIMS as usize + 1));
+        let aims = AIMS - u32::from(most >= MANY * num_layers);
+        let mut meter = Meter::new(budget, num_layers * (aims as usize + 1));
         self.walk_for_nothing(&mut meter);
         self.excesses.clear();
         for layer in &self.layers {
@@ -195,7 +198,7 @@ impl Scratch {
         let moves_for_each = |aim: f64| 1.0 + spread / 4.0 / (aim + spread / 16.0);
         let most_of_layer = 4 * most / num_layers + 8;
         let mut correction = 1.0;
-        for further in 0..AIMS {
+        for further in 0..aims {
             let moves = most as f64 * (1.0 + FURTHER * f64::from(further))
                 + FURTHER_MOVES * f64::from(further) * num_layers as f64;
             let mut above = self.excesses.iter().enumerate();

@@ -75,6 +75,10 @@ fn find(ours: &[i32], theirs: &[i32], goal: i32, near: i32) -> Option<(usize, us
     rows::find(ours, theirs, goal, near)
 }
 
+/// With more slots a rank, two are not exchanged for two: all pairs would be too many, and so many
+/// replicas leave one for one enough to choose from.
+const DOUBLE_WIDTH: usize = 64;
+
 /// The ranks in the order of how long they take, ties by number.
 #[derive(Debug, Default)]
 pub(crate) struct Order {
@@ -86,7 +90,11 @@ impl Scratch {
     /// Has room for all that ranks may need, so that no search allocates.
     pub(crate) fn reserve(&mut self, ranks: &Ranks) {
         let width = ranks.width();
-        let pairs = width * width / 2;
+        let pairs = if width <= DOUBLE_WIDTH {
+            width * width / 2
+        } else {
+            0
+        };
         for list in [&mut self.ours, &mut self.theirs, &mut self.best] {
             reserve(list, width);
         }
@@ -358,6 +366,9 @@ impl Ranks {
         partners: usize,
         scratch: &mut Scratch,
     ) -> Option<[Swap; 2]> {
+        if self.width() > DOUBLE_WIDTH {
+            return None;
+        }
         let level = self.time(heavy, self.load(heavy));
         let Scratch {
             order,

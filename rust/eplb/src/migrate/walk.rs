@@ -55,7 +55,8 @@ pub(crate) struct Scratch {
 #[derive(Debug, Clone, Copy)]
 enum Give {
     Any,
-    /// To experts that the rank holds already.
+    /// To experts that the rank has held from the start: a second slot of a newcomer would be sent
+    /// to it as well.
     Repeats,
     /// To experts that it lacks.
     Newcomers,
@@ -511,8 +512,8 @@ impl<'a> Walker<'a> {
                 }
                 let times = self.table.times(rank, expert);
                 let wanted = match kind {
-                    Give::Any => true,
-                    Give::Repeats => times > 0,
+                    Give::Any => times == 0 || self.is_home(rank, expert),
+                    Give::Repeats => times > 0 && self.is_home(rank, expert),
                     Give::Newcomers => times == 0,
                 };
                 if !wanted {
