@@ -26,6 +26,8 @@ const ATTACHED_SLOTS: usize = 4096;
 /// The most moves, what a move costs, the balance that is enough, and whether slots may repeat an
 /// expert of their rank.
 type ReachTuple = (Option<usize>, f64, Option<f64>, bool);
+/// Expert bytes by layer, most bytes of a rank, most seconds, links, whether each layer has rounds.
+type LimitsTuple = (Vec<f64>, Option<f64>, Option<f64>, (f64, f64, f64), bool);
 
 fn reach_of((max_moves, move_cost, min_balance, repeats): ReachTuple) -> Reach {
     Reach {
@@ -213,7 +215,7 @@ impl Planner {
         load: &Bound<'_, PyArray2<f32>>,
         previous: &Placement,
         reach: ReachTuple,
-        limits: (Vec<f64>, Option<f64>, Option<f64>, (f64, f64, f64), bool),
+        limits: LimitsTuple,
     ) -> PyResult<Placement> {
         let load = LoadArray::new(load)?;
         let reach = reach_of(reach);

@@ -40,6 +40,9 @@ struct Start {
     replicas: Vec<(i32, u32)>,
 }
 
+/// Replicas that could not be placed: the counts of experts, and the list of shares.
+pub(crate) type Unplaced<'a> = (&'a [u32], &'a [(i32, u32)]);
+
 impl Starts {
     /// Whether the first placements can be made side by side: all ranks are alike. Two slots a rank
     /// have a [way of their own](super::fold).
@@ -110,7 +113,7 @@ impl Starts {
         lane: usize,
         part: &mut Part,
         ranks: &mut Ranks,
-    ) -> Result<(), (&[u32], &[(i32, u32)])> {
+    ) -> Result<(), Unplaced<'_>> {
         let Self {
             layers,
             places,
