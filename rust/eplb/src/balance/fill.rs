@@ -18,6 +18,26 @@ pub(crate) struct Scratch {
     order: Vec<(u32, u32)>,
 }
 
+impl Scratch {
+    /// Has room for all that filling the ranks of a part may need.
+    pub(crate) fn reserve(&mut self, part: &Part) {
+        let Self {
+            open,
+            closed,
+            by_count,
+            order,
+        } = self;
+        open.clear();
+        open.reserve(part.num_ranks().next_multiple_of(16));
+        closed.clear();
+        closed.reserve(part.num_ranks());
+        by_count.clear();
+        by_count.reserve(part.weight.len());
+        order.clear();
+        order.reserve(part.num_ranks());
+    }
+}
+
 /// Places `count[expert]` replicas of each expert, in the order of `items`: shares and experts,
 /// heaviest first. No rank gets an expert twice if `count` is at most the number of ranks that
 /// have a slot and the ranks have equally many.
@@ -28,6 +48,7 @@ pub(crate) fn fill(
     count: &[u32],
     scratch: &mut Scratch,
 ) {
+    scratch.reserve(part);
     ranks.reset(part, count.len());
     if place_by_load(ranks, part, items, count, scratch) {
         return;
@@ -50,9 +71,6 @@ fn place_by_load(
 ) -> bool {
     let Scratch { open, closed, .. } = scratch;
     let keys = Keys::new(part.num_ranks());
-    closed.clear();
-    closed.reserve(part.num_ranks());
-    open.clear();
     open.resize(part.num_ranks().next_multiple_of(16), i32::MAX);
     for (rank, (open, &slots)) in open.iter_mut().zip(&part.slots_of).enumerate() {
         *open = if slots > 0 {

@@ -52,6 +52,20 @@ pub(crate) struct Scratch {
     order: Vec<(i32, u32)>,
 }
 
+impl Scratch {
+    /// Has room for all that counts of so many experts in so many slots may need.
+    pub(crate) fn reserve(&mut self, num_experts: usize, num_slots: usize) {
+        for list in [&mut self.replicated, &mut self.items] {
+            list.clear();
+            list.reserve(num_experts);
+        }
+        self.givers.clear();
+        self.givers.reserve(num_experts);
+        self.order.clear();
+        self.order.reserve(num_slots);
+    }
+}
+
 /// How many more partners than replicas there are, of each size and above.
 #[derive(Debug, Clone, Copy)]
 struct Spare([i16; BINS]);

@@ -315,9 +315,15 @@ impl Scratch {
         let pairs = part.slots_of.iter().all(|&slots| slots == 2);
         let paired = part.is_even() && pairs && part.num_ranks() > fold::FEWEST;
         if paired {
+            folds.reserve(part.weight.len(), part.num_slots());
             let mean = part.level_over_mean(0.0);
             let level = fold::improve(&part.weight, count, most, mean, fuel, folds);
-            if fold::place(ranks, part, count, level, folds) {
+            let placed = fold::place(ranks, part, count, level, folds);
+            items.clear();
+            items.reserve(part.weight.len());
+            fill.reserve(part);
+            search::reserve(ranks, best, search);
+            if placed {
                 return;
             }
         }

@@ -44,6 +44,12 @@ const CANDIDATES: usize = 8;
 /// How much less than its slack a part is evened out to: loads change after the plan is made.
 const MARGIN: f64 = 0.01;
 
+/// Has room for all that an improvement may need, so that none allocates.
+pub(crate) fn reserve(ranks: &Ranks, best: &mut Ranks, scratch: &mut swaps::Scratch) {
+    scratch.reserve(ranks);
+    best.reserve_for(ranks);
+}
+
 /// Improves a placement; ranks may be as far above the mean as `slack` says, less a margin. With
 /// more fuel it takes the same steps and then more, and what it leaves is the best it has seen: more
 /// fuel never gives a worse placement.
@@ -55,8 +61,7 @@ pub(crate) fn improve(
     best: &mut Ranks,
     scratch: &mut swaps::Scratch,
 ) {
-    scratch.reserve(ranks);
-    best.reserve_for(ranks);
+    reserve(ranks, best, scratch);
     let enough = EVEN_ENOUGH.max(slack - MARGIN);
     let target = part.level_over_mean(enough);
     scratch.order.sort(ranks);

@@ -101,6 +101,8 @@ impl Scratch {
         for list in [&mut self.our_slots, &mut self.their_slots, &mut self.who] {
             reserve(list, width);
         }
+        reserve(&mut self.order.keys, ranks.num_ranks());
+        reserve(&mut self.crowd, ranks.num_words());
         reserve(&mut self.our_pairs, pairs);
         reserve(&mut self.their_pairs, pairs + LANES);
     }
