@@ -16,9 +16,9 @@ __all__ = ["WeightGradStore", "run_backward"]
 class WeightGradStore:
     """Weight gradients that a module keeps for later.
 
-    A module that computes them itself asks ``enabled`` in its backward: if it is set, it ``put``s
-    a function that computes them, and the executor calls it when the schedule says W; otherwise
-    it computes them at once. One store for the process, as published: the executor takes what a
+    A module that computes them itself asks ``enabled`` in its backward: if it is set, it gives
+    ``put`` a function that computes them, and the executor calls it when the schedule says W;
+    otherwise it computes them at once. One store for the process, as published: the executor takes what a
     backward has put as soon as that backward ends, so pipelines that step in turn do not meet.
     """
 

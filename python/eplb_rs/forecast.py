@@ -3,17 +3,17 @@
 A plan is made from the past and used in the future. An estimator says what the future is taken to
 be, and how uncertain that is:
 
-================  =================================================================================
-``last``          The last window.
-``average:N``     The mean of the last N windows (8 if left out).
-``mean``          The mean of all windows since the last shift of the domain.
-``exponential:N`` An exponential average over a span of N windows (7 if left out): each weighs
-                  `(N - 1) / (N + 1)` of the one after it.
-``trend:N``       A straight line through the last N windows (4 if left out), one window on.
-``shrinkage``     The last window, drawn towards the mean of all windows ever, by as much as would
-                  have served best so far.
-``backtest``      In each layer, whichever of :data:`BACKTESTED` has forecast best so far.
-================  =================================================================================
+=================  =================================================================================
+``last``           The last window.
+``average:N``      The mean of the last N windows (8 if left out).
+``mean``           The mean of all windows since the last shift of the domain.
+``exponential:N``  An exponential average over a span of N windows (7 if left out): each weighs
+                   `(N - 1) / (N + 1)` of the one after it.
+``trend:N``        A straight line through the last N windows (4 if left out), one window on.
+``shrinkage``      The last window, drawn towards the mean of all windows ever, by as much as would
+                   have served best so far.
+``backtest``       In each layer, whichever of :data:`BACKTESTED` has forecast best so far.
+=================  =================================================================================
 
 All but ``shrinkage`` forget what was before the last shift of the domain. Windows are added as they
 are: one with more tokens weighs more.

@@ -345,11 +345,12 @@ class Planner:
             >>> import eplb_rs
             >>> planner = eplb_rs.Planner(eplb_rs.Topology(1, 4, 3), policy="balanced")
             >>> before = planner.plan([[8, 8, 1, 1, 1, 1, 1, 1, 1, 1]])
-            >>> planner.worth_it(
+            >>> worth = planner.worth_it(
             ...     [[1, 1, 1, 1, 1, 1, 1, 1, 8, 8]], before, horizon=1000, us_per_token=2,
             ...     expert_bytes=44e6, intra_node_gb_s=200, inter_node_gb_s=50,
-            ... ).balance > 0.9
-            True
+            ... )
+            >>> bool(worth), worth.gain_s > worth.cost_s
+            (True, True)
         """
         from eplb_rs.worth import worth_of
 

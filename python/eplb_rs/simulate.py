@@ -50,6 +50,7 @@ SimulatedPolicy: TypeAlias = Literal["trivial", "deepseek", "balanced", "scenari
 SplitName: TypeAlias = Literal["uniform", "past", "arriving"]
 
 _Floats: TypeAlias = npt.NDArray[np.float64]
+_Flags: TypeAlias = npt.NDArray[np.bool_]
 
 
 class Links(NamedTuple):
@@ -133,7 +134,7 @@ class Outcome:
         windows and layers. Windows that were missed weigh more than in the mean."""
         return float(_ratio(self.mean.sum(), self.largest.sum()))
 
-    def balance_of(self, windows: npt.NDArray[np.bool_]) -> float | None:
+    def balance_of(self, windows: _Flags) -> float | None:
         """The mean balance of some windows, `[W]`; ``None`` if there are none."""
         return float(self.balance[windows].mean()) if windows.any() else None
 
@@ -176,8 +177,8 @@ class Simulation:
     num_windows: int
     labels: tuple[str, ...] | None
     distance: _Floats
-    shifted: npt.NDArray[np.bool_]
-    stale: npt.NDArray[np.bool_]
+    shifted: _Flags
+    stale: _Flags
     links: Links | None
     estimate_us: _Floats
 
