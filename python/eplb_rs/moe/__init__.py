@@ -2,8 +2,17 @@
 
 from eplb_rs.moe.checkpoint import LAYOUTS, Checkpoint, Layout, write_index
 from eplb_rs.moe.exchange import Sites
-from eplb_rs.moe.layer import ExpertParallelMoE, Pass, TopK, TopKRouter
+from eplb_rs.moe.layer import ExpertParallelMoE, Pass, Recorded, TopK, TopKRouter
 from eplb_rs.moe.move import ExpertMover, MoveError, MoveStats, StoreLostError
+from eplb_rs.moe.rebalance import (
+    MoveCost,
+    PrometheusCollector,
+    RebalancedLayer,
+    Rebalancer,
+    RebalancerMetrics,
+    RebalancerSettings,
+    RebalancerState,
+)
 from eplb_rs.moe.routing import (
     Routed,
     RoutingRule,
@@ -22,9 +31,17 @@ __all__ = [
     "ExpertParallelMoE",
     "ExpertWeights",
     "Layout",
+    "MoveCost",
     "MoveError",
     "MoveStats",
     "Pass",
+    "PrometheusCollector",
+    "RebalancedLayer",
+    "Rebalancer",
+    "RebalancerMetrics",
+    "RebalancerSettings",
+    "RebalancerState",
+    "Recorded",
     "Routed",
     "RoutingRule",
     "RoutingTable",

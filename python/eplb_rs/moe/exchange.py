@@ -117,9 +117,11 @@ class Exchange:
 
     Attributes:
         groups: Which of the N rows here belong to which slot.
+        sent_R: `[R]` int64 on the device, how many rows this rank has for each slot.
     """
 
     groups: Groups
+    sent_R: Tensor
     _sites: Sites
     _sent_M: Tensor
     """`[M]`, which of the T*K rows stands at each place of the send buffer."""
@@ -179,7 +181,7 @@ class UnevenExchange(Exchange):
         num_slots, here = sum(sites.slots), sites.num_slots
         ranks = len(sites.slots)
         slot_M, order, begin_R1 = _by_slot(slot_TK, num_slots)
-        counts_R = begin_R1.diff()
+        self.sent_R = counts_R = begin_R1.diff()
         counts_DS = torch.empty(ranks * here, dtype=torch.int64, device=device)
         distributed.all_to_all_single(
             counts_DS, counts_R, [here] * ranks, list(sites.slots), group=sites.group
@@ -233,6 +235,7 @@ class CapacityExchange(Exchange):
         device = sites.device
         ranks = len(sites.slots)
         slot_M, order, begin_R1 = _by_slot(slot_TK, sum(sites.slots))
+        self.sent_R = begin_R1.diff()
         sorted_slot = slot_M[order]
         chosen = sorted_slot < len(sites.slot_ranks)
         rank_M = sites.slot_ranks[sorted_slot.clamp(max=len(sites.slot_ranks) - 1)]

@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from eplb_rs.moe.routing import RoutingRule
     from eplb_rs.plan import Plan
 
-__all__ = ["ExpertParallelMoE", "Pass", "TopK", "TopKRouter"]
+__all__ = ["ExpertParallelMoE", "Pass", "Recorded", "TopK", "TopKRouter"]
+
+
+class Recorded(NamedTuple):
+    """The load of some passes, as one rank has routed it."""
+
+    expert_E: Tensor
+    """`[E]` int64 on the device, its tokens for each logical expert."""
+    slot_R: Tensor | None
+    """`[R]` int64 on the device, its tokens for each slot of all ranks, where they are counted."""
 
 
 class TopK(NamedTuple):
@@ -91,8 +100,8 @@ class ExpertParallelMoE(nn.Module):
             waits for nothing: for CUDA graphs.
         row_multiple: Fills each expert's rows up with zeros to a multiple of this: a product of
             few rows may differ in its last bits from the same rows in a larger one.
-        max_replicas: The most replicas of an expert that later plans may have; 16 places of a
-            routing row are kept at least.
+        max_replicas: The most replicas of an expert that later plans may have; by default as many
+            as slots allow. 16 places of a routing row are kept at least.
 
     Raises:
         InvalidInputError: ``wrong_shape`` for weights or a group that do not fit the plan;
@@ -102,9 +111,11 @@ class ExpertParallelMoE(nn.Module):
     Attributes:
         load_E: `[E]` int64 on the device, tokens that this rank has routed to each logical expert
             since it was last set to zero.
+        slot_load_R: `[R]` int64, the same for each slot of all ranks.
     """
 
     load_E: Tensor
+    slot_load_R: Tensor
     overflow: Tensor
 
     def __init__(
@@ -120,7 +131,7 @@ class ExpertParallelMoE(nn.Module):
         shared: nn.Module | None = None,
         capacity: int | None = None,
         row_multiple: int = 1,
-        max_replicas: int = 16,
+        max_replicas: int | None = None,
     ) -> None:
         super().__init__()
         gate_up, down = weights["gate_up.weight"], weights["down.weight"]
@@ -154,11 +165,12 @@ class ExpertParallelMoE(nn.Module):
         self.activation: Activation = activation
         self.capacity = capacity
         self.row_multiple = row_multiple
-        width = max(16, max_replicas, plan.log2phy.shape[2])
+        num_slots = plan.topology.num_slots
+        most = num_slots - plan.num_experts + 1 if max_replicas is None else max_replicas
+        width = max(16, most, plan.log2phy.shape[2])
         self.table = RoutingTable(plan.num_experts, width, device=device)
-        self.register_buffer(
-            "load_E", torch.zeros(plan.num_experts, dtype=torch.int64, device=device), False
-        )
+        for name, size in (("load_E", plan.num_experts), ("slot_load_R", num_slots)):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int64, device=device), False)
         self.register_buffer("overflow", torch.zeros((), dtype=torch.int64, device=device), False)
         self.follow(plan, routing)
 
@@ -169,8 +181,20 @@ class ExpertParallelMoE(nn.Module):
             InvalidInputError: As :func:`~eplb_rs.moe.routing.routing_rows`; ``too_large`` for an
                 expert with more replicas than ``max_replicas``. Routing stays as it was.
         """
-        rows, lengths = routing_rows(plan, self.sites.rank, routing)
-        self.table.update(rows[self.layer], lengths[self.layer])
+        rows, lengths = routing_rows(plan, self.sites.rank, routing, layer=self.layer)
+        self.table.update(rows[0], lengths[0])
+
+    @property
+    def max_replicas(self) -> int:
+        """The most replicas of an expert that a plan to follow may have."""
+        return self.table.row_EW.shape[1]
+
+    def record(self) -> Recorded:
+        """The load since it was last asked for, which begins anew. Waits for nothing."""
+        recorded = Recorded(self.load_E.clone(), self.slot_load_R.clone())
+        self.load_E.zero_()
+        self.slot_load_R.zero_()
+        return recorded
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens through their experts.
@@ -207,6 +231,7 @@ class ExpertParallelMoE(nn.Module):
             exchange = CapacityExchange(slot_TK, self.sites, self.capacity, self.overflow)
             if not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self.raise_on_overflow()
+        self.slot_load_R += exchange.sent_R
         return Pass(self, exchange, x_TH.detach(), gate_TK.detach())
 
     def raise_on_overflow(self) -> None:

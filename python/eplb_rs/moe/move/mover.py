@@ -56,7 +56,8 @@ class MoveStats:
 class ExpertMover:
     """Moves experts as plans say, with what this rank holds in place.
 
-    All methods are called on all ranks, in the same order.
+    All methods are called on all ranks, in the same order; a plan that one rank refuses must not be
+    begun by the others (:class:`~eplb_rs.moe.Rebalancer` asks all).
 
     Args:
         weights: This rank's experts.
@@ -210,6 +211,7 @@ class ExpertMover:
                 if self._closed
                 else "`while mover.step(): ...`",
             )
+        self._records.begin()  # even for a plan that only this rank refuses: all count alike
         self._check(old, new)
         tasks = layer_tasks(old, new, self._rank, can_load=self._load is not None)
         needed = sum(sorted(task.num_arriving for task in tasks)[-2:])
@@ -223,14 +225,14 @@ class ExpertMover:
                 hint="fewer moves a layer, or more memory",
             )
         self._plans = old, new
-        self._records.begin(task.layer for task in tasks)
         self._step = 0
         self._waiting = deque(Cargo(task) for task in tasks)
         self._moved = []
         self.stats = MoveStats()
 
     def step(self) -> bool:
-        """Carries a move on, between two forward passes, at the same passes on all ranks.
+        """Carries a move on, between two forward passes, at the same passes on all ranks: exactly
+        one step between two collectives of theirs, or ranks wait for each other in a circle.
 
         Switches layers that all ranks had at the step before, begins transfers, looks what has
         come. Never waits for a transfer on a GPU; on a CPU, for those begun at the step before.
@@ -246,6 +248,13 @@ class ExpertMover:
             self._advance(block=False)
         return self.busy
 
+    def cancel(self) -> None:
+        """Forgets a move that was begun, before any step; nothing has changed."""
+        assert not self._moving, "before any step"
+        self._waiting.clear()
+        self._plans = None
+        self._transit.free()
+
     def abort(self, reason: str, plan: Plan | None = None) -> MoveError:
         """Ends work that cannot go on, because a forward pass failed, say.
 
@@ -260,9 +269,17 @@ class ExpertMover:
             What :meth:`step` would have raised.
 
         Raises:
-            InvalidInputError: ``in_use`` if no move is under way and no plan is given.
+            InvalidInputError: ``missing_plan`` if no move is under way and no plan is given,
+                ``closed`` after a move has failed.
             StoreLostError: As :meth:`apply`.
         """
+        if self._closed:
+            raise InvalidInputError(
+                code="closed",
+                argument="reason",
+                got="another after a move has failed",
+                expected="the first failure of this mover",
+            )
         if self._plans is None and plan is None:
             raise InvalidInputError(
                 code="missing_plan",

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from torch.distributed.distributed_c10d import PrefixStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from datetime import timedelta
 
     from torch.distributed.distributed_c10d import Store
@@ -47,15 +46,12 @@ class MoveRecords:
         self._before: list[str] = []
         self._stale: deque[str] = deque()
 
-    def begin(self, layers: Iterable[int]) -> None:
+    def begin(self) -> None:
         """Begins the records of a move, by the same count on all ranks."""
         self._epoch += 1
         # Some may still read the records of the last move, but of the one before that none.
         self._stale += self._before
         self._before, self._written = self._written, []
-        if self._rank == 0:
-            for layer in layers:
-                self._written += [self._key(layer, "commits"), self._key(layer, "fate")]
 
     def tidy(self) -> None:
         """Deletes a few records that nobody reads any more."""
@@ -64,8 +60,11 @@ class MoveRecords:
 
     def commit(self, layer: int, switch_at: int) -> None:
         """Says that this rank has a layer; the last to say so decides when all switch."""
-        if self._store.add(self._key(layer, "commits"), 1) == self._num_ranks:
-            self._store.compare_set(self._key(layer, "fate"), "", f"{_NEW} {switch_at}")
+        commits, fate = self._key(layer, "commits"), self._key(layer, "fate")
+        if self._rank == 0:
+            self._written += [commits, fate]
+        if self._store.add(commits, 1) == self._num_ranks:
+            self._store.compare_set(fate, "", f"{_NEW} {switch_at}")
 
     def switch_step(self, layer: int, *, wait: timedelta | None = None) -> int | None:
         """From which step on a layer is new; ``None`` while that is open.
