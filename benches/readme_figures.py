@@ -31,7 +31,7 @@ CONTENDERS = {
 
 def figures() -> str:
     """The block in README.md, between its marks."""
-    return "\n".join([placing(), moving(), stepping(), pipelines()])
+    return f"{placing()}\n{moving()}\n{stepping()}\n{pipelines()}"
 
 
 def placing() -> str:
