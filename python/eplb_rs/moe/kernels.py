@@ -1,0 +1,222 @@
+"""What :mod:`eplb_rs.moe.rows` does, on GPUs in one kernel each. Needs triton, which torch brings.
+
+Every kernel reads and writes each row once, adds in float32 and in a fixed order: the same input
+gives the same bits.
+
+Letters: T tokens, K experts of a token, N rows, H hidden size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["gated", "gated_backward", "gather", "spread", "weighted_sum"]
+
+_BLOCK = 1024
+"""Columns that a program takes at a time: 16 bytes of bfloat16 for each of 128 threads."""
+
+
+def gather(rows_NH: Tensor, index: Tensor, share: int) -> Tensor:
+    """As :func:`eplb_rs.moe.rows.gather`."""
+    rows_NH = rows_NH.contiguous()
+    out = rows_NH.new_empty(*index.shape, rows_NH.shape[1])
+    if out.numel():
+        _gather[(index.numel(),)](
+            rows_NH,
+            index.contiguous(),
+            out,
+            len(rows_NH),
+            rows_NH.shape[1],
+            SHARE=share,
+            BLOCK=_BLOCK,
+        )
+    return out
+
+
+@triton.jit
+def _gather(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    rows, index, out, num_rows, width, SHARE: tl.constexpr, BLOCK: tl.constexpr
+):
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(index + place) // SHARE
+    here = row < num_rows
+    for begin in range(0, width, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < width
+        part = tl.load(rows + row * width + column, mask=inside & here, other=0.0)
+        tl.store(out + place * width + column, part, mask=inside)
+
+
+def weighted_sum(rows_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None) -> Tensor:
+    """As :func:`eplb_rs.moe.rows.weighted_sum`."""
+    tokens, top_k = place_TK.shape
+    width = rows_NH.shape[1]
+    out = rows_NH.new_empty(tokens, width)
+    if out.numel():
+        _weighted_sum[tokens, triton.cdiv(width, _BLOCK)](
+            rows_NH.contiguous(),
+            place_TK.contiguous(),
+            None if gate_TK is None else gate_TK.contiguous(),
+            out,
+            len(rows_NH),
+            width,
+            K=top_k,
+            GATED=gate_TK is not None,
+            BLOCK=_BLOCK,
+        )
+    return out
+
+
+@triton.jit
+def _weighted_sum(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    rows,
+    places,
+    gates,
+    out,
+    num_rows,
+    width,
+    K: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(places + token * K + k)
+        part = tl.load(rows + row * width + column, mask=inside & (row < num_rows), other=0.0)
+        if GATED:
+            total += part.to(tl.float32) * tl.load(gates + token * K + k).to(tl.float32)
+        else:
+            total += part.to(tl.float32)
+    tl.store(out + token * width + column, total, mask=inside)
+
+
+def spread(
+    grad_TH: Tensor, gate_TK: Tensor, rows_NH: Tensor, place_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As :func:`eplb_rs.moe.rows.spread`; rows that no place names are left as they are."""
+    out = torch.empty_like(rows_NH)
+    gate_grad = torch.empty_like(gate_TK, memory_format=torch.contiguous_format)
+    if place_TK.numel():
+        _spread[(place_TK.numel(),)](
+            grad_TH.contiguous(),
+            gate_TK.contiguous(),
+            rows_NH.contiguous(),
+            place_TK.contiguous(),
+            out,
+            gate_grad,
+            len(rows_NH),
+            rows_NH.shape[1],
+            K=place_TK.shape[1],
+            BLOCK=_BLOCK,
+        )
+    return out, gate_grad
+
+
+@triton.jit
+def _spread(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    grads,
+    gates,
+    rows,
+    places,
+    out,
+    gate_grads,
+    num_rows,
+    width,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    choice = tl.program_id(0).to(tl.int64)
+    row = tl.load(places + choice)
+    here = row < num_rows
+    gate = tl.load(gates + choice).to(tl.float32)
+    product = tl.zeros([BLOCK], tl.float32)
+    for begin in range(0, width, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < width
+        grad = tl.load(grads + choice // K * width + column, mask=inside, other=0.0)
+        part = tl.load(rows + row * width + column, mask=inside & here, other=0.0)
+        product += grad.to(tl.float32) * part.to(tl.float32)
+        tl.store(out + row * width + column, grad.to(tl.float32) * gate, mask=inside & here)
+    tl.store(gate_grads + choice, tl.sum(product))
+
+
+def gated(inner: Tensor, activation: str) -> Tensor:
+    """As :func:`eplb_rs.moe.rows.gated`."""
+    width = inner.shape[1] // 2
+    out = inner.new_empty(len(inner), width)
+    if out.numel():
+        _gated[(len(inner),)](inner, out, width, ACTIVATION=activation, BLOCK=_BLOCK)
+    return out
+
+
+@triton.jit
+def _gated(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    inner, out, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    for begin in range(0, width, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < width
+        gate = tl.load(inner + 2 * row * width + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(inner + (2 * row + 1) * width + column, mask=inside, other=0.0)
+        value, _ = _activated(gate, ACTIVATION)
+        tl.store(out + row * width + column, value * up.to(tl.float32), mask=inside)
+
+
+def gated_backward(grad: Tensor, inner: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """As :func:`eplb_rs.moe.rows.gated_backward`."""
+    hidden, grad_inner = torch.empty_like(grad), torch.empty_like(inner)
+    if grad.numel():
+        _gated_backward[(len(inner),)](
+            grad.contiguous(),
+            inner,
+            hidden,
+            grad_inner,
+            grad.shape[1],
+            ACTIVATION=activation,
+            BLOCK=_BLOCK,
+        )
+    return hidden, grad_inner
+
+
+@triton.jit
+def _gated_backward(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    grads, inner, hidden, grad_inner, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    for begin in range(0, width, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        inside = column < width
+        gates = 2 * row * width + column
+        gate = tl.load(inner + gates, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(inner + gates + width, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grads + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        value, slope = _activated(gate, ACTIVATION)
+        tl.store(hidden + row * width + column, value * up, mask=inside)
+        tl.store(grad_inner + gates, grad * up * slope, mask=inside)
+        tl.store(grad_inner + gates + width, grad * value, mask=inside)
+
+
+@triton.jit
+def _activated(gate: Any, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    """The activation and its derivative."""
+    if ACTIVATION == "silu":
+        share = 1 / (1 + tl.exp(-gate))
+        value = gate * share
+        slope = share * (1 + gate * (1 - share))
+    elif ACTIVATION == "relu":
+        slope = tl.where(gate > 0, 1.0, 0.0)
+        value = gate * slope
+    else:
+        share = 0.5 * (1 + tl.erf(gate * 0.7071067811865476))
+        value = gate * share
+        slope = share + gate * 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+    return value, slope
