@@ -160,9 +160,7 @@ class Exchange:
         Returns:
             Them, and the gradient of the gates, `[T, K]`.
         """
-        grads, gate_grad = rows.spread(
-            grad_TH, gate_TK, landed, self._place_TK, gaps=self._gaps[1]
-        )
+        grads, gate_grad = rows.spread(grad_TH, gate_TK, landed, self._place_TK, gaps=self._gaps[1])
         return self._all_to_all(grads, back=False), gate_grad
 
     def _all_to_all(self, sent: Tensor, *, back: bool) -> Flight:

@@ -31,8 +31,8 @@ def gather(rows_NH: Tensor, index: Tensor, share: int) -> Tensor:
             index.contiguous(),
             out,
             len(rows_NH),
-            rows_NH.shape[1],
             SHARE=share,
+            WIDTH=rows_NH.shape[1],
             BLOCK=_BLOCK,
         )
     return out
@@ -40,16 +40,16 @@ def gather(rows_NH: Tensor, index: Tensor, share: int) -> Tensor:
 
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    rows, index, out, num_rows, width, SHARE: tl.constexpr, BLOCK: tl.constexpr
+    rows, index, out, num_rows, SHARE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(index + place) // SHARE
-    here = row < num_rows
-    for begin in range(0, width, BLOCK):
+    held = tl.where(row < num_rows, WIDTH, 0)  # columns
+    for begin in range(0, WIDTH, BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        inside = column < width
-        part = tl.load(rows + row * width + column, mask=inside & here, other=0.0)
-        tl.store(out + place * width + column, part, mask=inside)
+        inside = column < WIDTH
+        part = tl.load(rows + row * WIDTH + column, mask=column < held, other=0.0)
+        tl.store(out + place * WIDTH + column, part, mask=inside)
 
 
 def weighted_sum(rows_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None) -> Tensor:
@@ -64,9 +64,9 @@ def weighted_sum(rows_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None) -> T
             None if gate_TK is None else gate_TK.contiguous(),
             out,
             len(rows_NH),
-            width,
             K=top_k,
             GATED=gate_TK is not None,
+            WIDTH=width,
             BLOCK=_BLOCK,
         )
     return out
@@ -79,23 +79,24 @@ def _weighted_sum(  # type: ignore[no-untyped-def]  # noqa: ANN202
     gates,
     out,
     num_rows,
-    width,
     K: tl.constexpr,
     GATED: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < width
+    inside = column < WIDTH
     total = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
         row = tl.load(places + token * K + k)
-        part = tl.load(rows + row * width + column, mask=inside & (row < num_rows), other=0.0)
+        held = tl.where(row < num_rows, WIDTH, 0)  # columns
+        part = tl.load(rows + row * WIDTH + column, mask=column < held, other=0.0)
         if GATED:
             total += part.to(tl.float32) * tl.load(gates + token * K + k).to(tl.float32)
         else:
             total += part.to(tl.float32)
-    tl.store(out + token * width + column, total, mask=inside)
+    tl.store(out + token * WIDTH + column, total, mask=inside)
 
 
 def spread(
@@ -113,8 +114,8 @@ def spread(
             out,
             gate_grad,
             len(rows_NH),
-            rows_NH.shape[1],
             K=place_TK.shape[1],
+            WIDTH=rows_NH.shape[1],
             BLOCK=_BLOCK,
         )
     return out, gate_grad
@@ -129,22 +130,22 @@ def _spread(  # type: ignore[no-untyped-def]  # noqa: ANN202
     out,
     gate_grads,
     num_rows,
-    width,
     K: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     choice = tl.program_id(0).to(tl.int64)
     row = tl.load(places + choice)
-    here = row < num_rows
+    held = tl.where(row < num_rows, WIDTH, 0)  # columns
     gate = tl.load(gates + choice).to(tl.float32)
     product = tl.zeros([BLOCK], tl.float32)
-    for begin in range(0, width, BLOCK):
+    for begin in range(0, WIDTH, BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        inside = column < width
-        grad = tl.load(grads + choice // K * width + column, mask=inside, other=0.0)
-        part = tl.load(rows + row * width + column, mask=inside & here, other=0.0)
+        inside = column < WIDTH
+        grad = tl.load(grads + choice // K * WIDTH + column, mask=inside, other=0.0)
+        part = tl.load(rows + row * WIDTH + column, mask=column < held, other=0.0)
         product += grad.to(tl.float32) * part.to(tl.float32)
-        tl.store(out + row * width + column, grad.to(tl.float32) * gate, mask=inside & here)
+        tl.store(out + row * WIDTH + column, grad.to(tl.float32) * gate, mask=column < held)
     tl.store(gate_grads + choice, tl.sum(product))
 
 
@@ -153,22 +154,22 @@ def gated(inner: Tensor, activation: str) -> Tensor:
     width = inner.shape[1] // 2
     out = inner.new_empty(len(inner), width)
     if out.numel():
-        _gated[(len(inner),)](inner, out, width, ACTIVATION=activation, BLOCK=_BLOCK)
+        _gated[(len(inner),)](inner, out, ACTIVATION=activation, WIDTH=width, BLOCK=_BLOCK)
     return out
 
 
 @triton.jit
 def _gated(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    inner, out, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+    inner, out, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
-    for begin in range(0, width, BLOCK):
+    for begin in range(0, WIDTH, BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        inside = column < width
-        gate = tl.load(inner + 2 * row * width + column, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(inner + (2 * row + 1) * width + column, mask=inside, other=0.0)
+        inside = column < WIDTH
+        gate = tl.load(inner + 2 * row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(inner + (2 * row + 1) * WIDTH + column, mask=inside, other=0.0)
         value, _ = _activated(gate, ACTIVATION)
-        tl.store(out + row * width + column, value * up.to(tl.float32), mask=inside)
+        tl.store(out + row * WIDTH + column, value * up.to(tl.float32), mask=inside)
 
 
 def gated_backward(grad: Tensor, inner: Tensor, activation: str) -> tuple[Tensor, Tensor]:
@@ -180,8 +181,8 @@ def gated_backward(grad: Tensor, inner: Tensor, activation: str) -> tuple[Tensor
             inner,
             hidden,
             grad_inner,
-            grad.shape[1],
             ACTIVATION=activation,
+            WIDTH=grad.shape[1],
             BLOCK=_BLOCK,
         )
     return hidden, grad_inner
@@ -189,20 +190,26 @@ def gated_backward(grad: Tensor, inner: Tensor, activation: str) -> tuple[Tensor
 
 @triton.jit
 def _gated_backward(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    grads, inner, hidden, grad_inner, width, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+    grads,
+    inner,
+    hidden,
+    grad_inner,
+    ACTIVATION: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    for begin in range(0, width, BLOCK):
+    for begin in range(0, WIDTH, BLOCK):
         column = begin + tl.arange(0, BLOCK)
-        inside = column < width
-        gates = 2 * row * width + column
+        inside = column < WIDTH
+        gates = 2 * row * WIDTH + column
         gate = tl.load(inner + gates, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(inner + gates + width, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grads + row * width + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(inner + gates + WIDTH, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grads + row * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
         value, slope = _activated(gate, ACTIVATION)
-        tl.store(hidden + row * width + column, value * up, mask=inside)
+        tl.store(hidden + row * WIDTH + column, value * up, mask=inside)
         tl.store(grad_inner + gates, grad * up * slope, mask=inside)
-        tl.store(grad_inner + gates + width, grad * value, mask=inside)
+        tl.store(grad_inner + gates + WIDTH, grad * value, mask=inside)
 
 
 @triton.jit

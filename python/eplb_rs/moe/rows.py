@@ -97,7 +97,7 @@ def spread(
     gate_grad = torch.einsum("th,tkh->tk", grad_TH, gather(rows_NH, place_TK, gaps=gaps))
     # One row more takes what has no place.
     out = rows_NH.new_zeros(len(rows_NH) + 1, rows_NH.shape[1])
-    out[place_TK] = (grad_TH[:, None] * gate_TK[..., None]).to(out.dtype)
+    out[place_TK.clamp(max=len(rows_NH))] = (grad_TH[:, None] * gate_TK[..., None]).to(out.dtype)
     return out[:-1], gate_grad
 
 
