@@ -70,7 +70,7 @@ def check(apart):
 def test_kernels_do_as_plain_torch():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

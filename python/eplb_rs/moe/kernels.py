@@ -39,7 +39,7 @@ def gather(rows_NH: Tensor, index: Tensor, share: int) -> Tensor:
 
 
 @triton.jit
-def _gather(  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _gather(  # type: ignore[no-untyped-def]
     rows, index, out, num_rows, SHARE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     place = tl.program_id(0).to(tl.int64)
@@ -73,7 +73,7 @@ def weighted_sum(rows_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None) -> T
 
 
 @triton.jit
-def _weighted_sum(  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _weighted_sum(  # type: ignore[no-untyped-def]
     rows,
     places,
     gates,
@@ -122,7 +122,7 @@ def spread(
 
 
 @triton.jit
-def _spread(  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _spread(  # type: ignore[no-untyped-def]
     grads,
     gates,
     rows,
@@ -159,7 +159,7 @@ def gated(inner: Tensor, activation: str) -> Tensor:
 
 
 @triton.jit
-def _gated(  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _gated(  # type: ignore[no-untyped-def]
     inner, out, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -189,7 +189,7 @@ def gated_backward(grad: Tensor, inner: Tensor, activation: str) -> tuple[Tensor
 
 
 @triton.jit
-def _gated_backward(  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _gated_backward(  # type: ignore[no-untyped-def]
     grads,
     inner,
     hidden,
@@ -213,7 +213,7 @@ def _gated_backward(  # type: ignore[no-untyped-def]  # noqa: ANN202
 
 
 @triton.jit
-def _activated(gate: Any, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _activated(gate: Any, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     """The activation and its derivative."""
     if ACTIVATION == "silu":
         share = 1 / (1 + tl.exp(-gate))
