@@ -3,7 +3,7 @@
 from eplb_rs.moe.checkpoint import LAYOUTS, Checkpoint, Layout, write_index
 from eplb_rs.moe.exchange import Sites
 from eplb_rs.moe.layer import ExpertParallelMoE, Pass, TopK, TopKRouter
-from eplb_rs.moe.mover import ExpertMover, MoveError, MoveStats
+from eplb_rs.moe.move import ExpertMover, MoveError, MoveStats, StoreLostError
 from eplb_rs.moe.routing import (
     Routed,
     RoutingRule,
@@ -29,6 +29,7 @@ __all__ = [
     "RoutingRule",
     "RoutingTable",
     "Sites",
+    "StoreLostError",
     "TopK",
     "TopKRouter",
     "checksum",

@@ -1,0 +1,81 @@
+"""What one rank has to do for a layer to come from one plan to another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from eplb_rs.errors import InfeasibleError
+from eplb_rs.moe.weights import slots_of
+
+if TYPE_CHECKING:
+    from eplb_rs.plan import Plan
+
+__all__ = ["Hop", "LayerTask", "layer_tasks"]
+
+
+class Hop(NamedTuple):
+    """An expert that this rank sends or receives."""
+
+    way: Literal["send", "receive"]
+    slot: int
+    """Of this rank, counted from its first."""
+    peer: int
+    """The other rank."""
+
+
+@dataclass(slots=True)
+class LayerTask:
+    """A layer's move as one rank sees it; slots are counted from its first."""
+
+    layer: int
+    rounds: list[list[Hop]] = field(default_factory=list)
+    """In each round at most one expert each way. As many rounds on every rank, so that all count
+    alike; many are empty."""
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    """From slot, to slot."""
+    loads: list[tuple[int, int]] = field(default_factory=list)
+    """Expert, slot: from storage."""
+    senders: dict[int, int] = field(default_factory=dict)
+    """For each slot that receives, the one it comes from, in the numbering of the plan."""
+
+    @property
+    def num_arriving(self) -> int:
+        """How many experts come to be in a slot that did not hold them."""
+        return len(self.senders) + len(self.copies) + len(self.loads)
+
+
+def layer_tasks(old: Plan, new: Plan, rank: int, *, can_load: bool) -> list[LayerTask]:
+    """The tasks of one rank, for every layer that changes on any.
+
+    Raises:
+        InfeasibleError: ``missing_expert`` for one that no rank holds and nobody can load.
+    """
+    first = slots_of(new, rank).start
+    tasks: dict[int, LayerTask] = {}
+    table = new.transfers(old).table.tolist()
+    for layer, expert, source_slot, source, slot, target, number in table:
+        task = tasks.setdefault(layer, LayerTask(layer))
+        if source < 0 and not can_load:
+            raise InfeasibleError(
+                code="missing_expert",
+                argument="new",
+                got=f"expert {expert} of layer {layer} in slot {slot}",
+                expected="of experts that some rank holds",
+                hint="`load=` reads lost experts from storage",
+            )
+        if source == target:
+            if target == rank:
+                task.copies.append((source_slot - first, slot - first))
+        elif source < 0:
+            if target == rank:
+                task.loads.append((expert, slot - first))
+        else:
+            while len(task.rounds) <= number:
+                task.rounds.append([])
+            if source == rank:
+                task.rounds[number].append(Hop("send", source_slot - first, target))
+            if target == rank:
+                task.rounds[number].append(Hop("receive", slot - first, source))
+                task.senders[slot - first] = source_slot
+    return list(tasks.values())
