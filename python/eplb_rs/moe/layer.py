@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, Sites, UnevenExchange
-from eplb_rs.moe.experts import Activation, ExpertsBackward, experts_backward, experts_forward
+from eplb_rs.moe.experts import ExpertsBackward, experts_backward, experts_forward
 from eplb_rs.moe.routing import RoutingTable, routing_rows
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import distributed
 
     from eplb_rs.moe.routing import RoutingRule
+    from eplb_rs.moe.rows import Activation
     from eplb_rs.plan import Plan
 
 __all__ = ["ExpertParallelMoE", "Pass", "Recorded", "TopK", "TopKRouter"]
@@ -280,7 +281,7 @@ class Pass:
     def experts(self) -> None:
         """Waits for the rows and computes."""
         layer = self._layer
-        self._rows = self._landed()
+        self._rows = self._exchange.experts_landed(self._landing())
         self._out, self._inner = experts_forward(
             self._rows, layer.gate_up, layer.down, self._exchange.groups, layer.activation
         )
@@ -294,16 +295,17 @@ class Pass:
     @torch.no_grad()
     def output(self) -> Tensor:
         """Waits for the results and adds each token's, in order of k: `[T, H]`."""
-        self._back = self._landed()
-        return _in_order(self._back, self._gates)
+        self._back = self._landing().land()
+        return self._exchange.tokens_landed(self._back, self._gates)
 
     @torch.no_grad()
     def combine_backward(self, grad_TH: Tensor) -> None:
         """Starts the gradients of the results to the experts."""
         assert self._back is not None, "after output()"
-        self._gate_grad = torch.einsum("th,tkh->tk", grad_TH, self._back)
+        self._flight, self._gate_grad = self._exchange.spread_to_experts(
+            grad_TH, self._gates, self._back
+        )
         self._back = None
-        self._flight = self._exchange.to_experts(grad_TH[:, None] * self._gates[..., None])
 
     @torch.no_grad()
     def experts_backward(self) -> None:
@@ -312,7 +314,7 @@ class Pass:
         assert self._inner is not None, "after experts()"
         layer = self._layer
         self._half = experts_backward(
-            self._landed(),
+            self._exchange.experts_landed(self._landing()),
             self._rows,
             self._inner,
             layer.gate_up,
@@ -332,7 +334,8 @@ class Pass:
     def input_grad(self) -> tuple[Tensor, Tensor]:
         """Waits for them: the gradients of tokens, `[T, H]`, and gates, `[T, K]`."""
         assert self._gate_grad is not None, "after combine_backward()"
-        return _in_order(self._landed(), None), self._gate_grad
+        grads = self._landing().land()
+        return self._exchange.tokens_landed(grads, None), self._gate_grad
 
     @torch.no_grad()
     def weight_grads(self) -> tuple[Tensor, Tensor]:
@@ -342,24 +345,10 @@ class Pass:
         self._half = None
         return grads
 
-    def _landed(self) -> Tensor:
+    def _landing(self) -> Flight:
         assert self._flight is not None, "no exchange is under way"
-        rows = self._flight.land()
-        self._flight = None
-        return rows
-
-
-def _in_order(rows_TKH: Tensor, gate_TK: Tensor | None) -> Tensor:
-    """The weighted sum over K, first to last, whatever the size: the same bits everywhere."""
-    if gate_TK is None:
-        total = rows_TKH[:, 0].clone()
-        for k in range(1, rows_TKH.shape[1]):
-            total += rows_TKH[:, k]
-        return total
-    total = rows_TKH[:, 0] * gate_TK[:, :1]
-    for k in range(1, rows_TKH.shape[1]):
-        total += rows_TKH[:, k] * gate_TK[:, k : k + 1]
-    return total
+        flight, self._flight = self._flight, None
+        return flight
 
 
 class _Whole(torch.autograd.Function):

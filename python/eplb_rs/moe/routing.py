@@ -237,9 +237,9 @@ class RoutingTable:
         chosen_N = expert_N >= 0
         num_experts = len(self.length_E)
         # Those that chose none are sorted behind all experts.
-        key_N = torch.where(chosen_N, expert_N, num_experts)
+        key_N = torch.where(chosen_N, expert_N, num_experts).int()
         sorted_N, order_N = torch.sort(key_N, stable=True)
-        experts = torch.arange(num_experts + 1, device=expert_N.device)
+        experts = torch.arange(num_experts + 1, dtype=torch.int32, device=expert_N.device)
         begin_E1 = torch.searchsorted(sorted_N, experts)
         turn_N = torch.empty_like(expert_N)
         turn_N[order_N] = torch.arange(len(expert_N), device=expert_N.device) - begin_E1[sorted_N]

@@ -67,8 +67,9 @@ class ExpertMover:
             must live in none: a ``TCPStore`` of the launcher. By default torch.distributed's own.
         load: Reads an expert that no rank holds any more from storage: called with layer, expert
             and what to fill, by field. Without it such plans are refused.
-        max_bytes_in_flight: How many bytes may be under way to this rank at once; one expert
-            always may.
+        max_bytes_in_flight: How many bytes may be under way to this rank at once, and so how many
+            at most a :meth:`step` adds to the pass after it; one expert always may. The same on
+            all ranks.
         max_extra_bytes: The most memory beside the weights. A move needs room for what two layers
             bring to this rank; ``None`` takes what is needed.
         limit_s: How long any wait may take, in seconds.
@@ -94,7 +95,7 @@ class ExpertMover:
         group: distributed.ProcessGroup | None = None,
         store: Store | None = None,
         load: Callable[[int, int, dict[str, Tensor]], None] | None = None,
-        max_bytes_in_flight: int = 1 << 30,
+        max_bytes_in_flight: int = 1 << 28,
         max_extra_bytes: int | None = None,
         limit_s: float = 300.0,
         grace_s: float = 1.5,
@@ -214,8 +215,8 @@ class ExpertMover:
         self._records.begin()  # even for a plan that only this rank refuses: all count alike
         self._check(old, new)
         tasks = layer_tasks(old, new, self._rank, can_load=self._load is not None)
-        needed = sum(sorted(task.num_arriving for task in tasks)[-2:])
-        needed *= self._weights.expert_bytes
+        arriving = sum(sorted(task.num_arriving for task in tasks)[-2:])
+        needed = arriving * self._weights.expert_bytes
         if self._extra is not None and needed > self._extra:
             raise InvalidInputError(
                 code="too_large",
@@ -224,6 +225,7 @@ class ExpertMover:
                 expected=f"at most `max_extra_bytes`, {self._extra:,}",
                 hint="fewer moves a layer, or more memory",
             )
+        self._transit.reserve(arriving)
         self._plans = old, new
         self._step = 0
         self._waiting = deque(Cargo(task) for task in tasks)
@@ -296,11 +298,14 @@ class ExpertMover:
     def _advance(self, *, block: bool) -> None:
         begun = time.perf_counter()
         try:
+            self._transit.begin_step()
             self._switch_decided(block=block)
             while self._waiting and len(self._moving) < 2:
                 self._moving.append(_Moving(self._waiting.popleft()))
+                self._transit.take(self._moving[-1].cargo)
+            self._transit.advance(block=block)
             for moving in self._moving:
-                if moving.committed_at is None and self._transit.arrived(moving.cargo, block=block):
+                if moving.committed_at is None and moving.cargo.here:
                     self._commit(moving)
             self._records.tidy()
         except Exception as error:  # the caller's own load and on_switch may raise anything
@@ -373,7 +378,7 @@ class ExpertMover:
                         self._switch(cargo)
                     except Exception as error:  # the caller's on_switch; the weights are new
                         reason += f"; and after that: {error}"
-            self._transit.close(under_way)
+            self._transit.close()
             lost = self._records.lost_ranks(self._grace_s)
         except RuntimeError as error:
             layers = tuple(cargo.task.layer for cargo in under_way)
