@@ -16,7 +16,7 @@ import torch.distributed as dist  # noqa: E402
 from eplb_rs.moe import ExpertMover, ExpertWeights, MoveError, checksum  # noqa: E402
 
 LAYERS, EXPERTS, SLOTS, RANKS = 8, 12, 4, 4
-LIMIT_S, GRACE_S = 2.0, 1.5
+LIMIT_S, GRACE_S = 2.0, 2.5
 
 
 def random_plan(seed):
@@ -107,10 +107,11 @@ def check(outcomes):
 
 
 def test_a_rank_dies_in_a_move():
-    check(world.run_lossy(dying, RANKS, [(seed,) for seed in range(10)]))
+    check(world.run_lossy(dying, RANKS, [(seed,) for seed in range(10)], at_once=3))
 
 
 @pytest.mark.slow
 def test_many_ranks_die_in_moves():
-    settled = check(world.run_lossy(dying, RANKS, [(seed,) for seed in range(10, 60)]))
+    trials = [(seed,) for seed in range(10, 60)]
+    settled = check(world.run_lossy(dying, RANKS, trials, at_once=3))
     assert settled >= 10, "moves that were half done"

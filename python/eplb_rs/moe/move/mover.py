@@ -21,16 +21,15 @@ from torch.distributed.distributed_c10d import Store, _get_default_store
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe.move.error import MoveError, StoreLostError, account
 from eplb_rs.moe.move.records import MoveRecords
-from eplb_rs.moe.move.tasks import layer_tasks
+from eplb_rs.moe.move.tasks import layer_tasks, most_arriving
 from eplb_rs.moe.move.transit import Cargo, Transit
 from eplb_rs.moe.weights import ExpertWeights, checksum, slots_of
+from eplb_rs.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
-
-    from eplb_rs.plan import Plan
 
 __all__ = ["ExpertMover", "MoveStats"]
 
@@ -194,7 +193,8 @@ class ExpertMover:
         """Takes up a move that :meth:`step` carries out.
 
         Raises:
-            InvalidInputError: ``wrong_shape`` for plans or weights that do not fit each other,
+            InvalidInputError: ``wrong_type`` for what is no plan,
+                ``wrong_shape`` for plans or weights that do not fit each other,
                 ``in_use`` while another move is under way, ``closed`` after one has failed,
                 ``too_large`` if it needs more memory than ``max_extra_bytes``.
             InfeasibleError: ``missing_expert`` if no rank holds an expert that is wanted and there
@@ -214,18 +214,19 @@ class ExpertMover:
             )
         self._records.begin()  # even for a plan that only this rank refuses: all count alike
         self._check(old, new)
-        tasks = layer_tasks(old, new, self._rank, can_load=self._load is not None)
-        arriving = sum(sorted(task.num_arriving for task in tasks)[-2:])
-        needed = arriving * self._weights.expert_bytes
+        transfers = new.transfers(old)
+        tasks = layer_tasks(transfers, new, self._rank, can_load=self._load is not None)
+        arriving = most_arriving(transfers)
+        needed = int(arriving.max()) * self._weights.expert_bytes
         if self._extra is not None and needed > self._extra:
             raise InvalidInputError(
                 code="too_large",
                 argument="new",
-                got=f"{needed:,} bytes beside the weights",
+                got=f"{needed:,} bytes beside the weights of a rank",
                 expected=f"at most `max_extra_bytes`, {self._extra:,}",
                 hint="fewer moves a layer, or more memory",
             )
-        self._transit.reserve(arriving)
+        self._transit.reserve(int(arriving[self._rank]))
         self._plans = old, new
         self._step = 0
         self._waiting = deque(Cargo(task) for task in tasks)
@@ -407,6 +408,15 @@ class ExpertMover:
     # What fits
 
     def _check(self, old: Plan, new: Plan) -> None:
+        for argument, plan in (("old", old), ("new", new)):
+            if not isinstance(plan, Plan):
+                raise InvalidInputError(
+                    code="wrong_type",
+                    argument=argument,
+                    got=type(plan).__name__,
+                    expected="an eplb_rs.Plan",
+                    hint="`Plan.from_phy2log` makes one of an engine's map",
+                )
         same = (
             old.phy2log.shape == new.phy2log.shape
             and old.num_experts == new.num_experts

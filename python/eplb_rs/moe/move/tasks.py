@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
+
 from eplb_rs.errors import InfeasibleError
 from eplb_rs.moe.weights import slots_of
 
 if TYPE_CHECKING:
-    from eplb_rs.plan import Plan
+    import numpy.typing as npt
 
-__all__ = ["Hop", "LayerTask", "layer_tasks"]
+    from eplb_rs.plan import Plan
+    from eplb_rs.transfers import Transfers
+
+__all__ = ["Hop", "LayerTask", "layer_tasks", "most_arriving"]
 
 
 class Hop(NamedTuple):
@@ -39,13 +44,16 @@ class LayerTask:
     senders: dict[int, int] = field(default_factory=dict)
     """For each slot that receives, the one it comes from, in the numbering of the plan."""
 
-    @property
-    def num_arriving(self) -> int:
-        """How many experts come to be in a slot that did not hold them."""
-        return len(self.senders) + len(self.copies) + len(self.loads)
+
+def most_arriving(transfers: Transfers) -> npt.NDArray[np.int64]:
+    """`[D]`, how many experts two layers bring to each rank at most."""
+    arriving = np.zeros((transfers.num_layers, transfers.topology.num_gpus), dtype=np.int64)
+    np.add.at(arriving, (transfers.layer, transfers.target), 1)
+    most: npt.NDArray[np.int64] = np.sort(arriving, axis=0)[-2:].sum(axis=0)
+    return most
 
 
-def layer_tasks(old: Plan, new: Plan, rank: int, *, can_load: bool) -> list[LayerTask]:
+def layer_tasks(transfers: Transfers, new: Plan, rank: int, *, can_load: bool) -> list[LayerTask]:
     """The tasks of one rank, for every layer that changes on any.
 
     Raises:
@@ -53,7 +61,7 @@ def layer_tasks(old: Plan, new: Plan, rank: int, *, can_load: bool) -> list[Laye
     """
     first = slots_of(new, rank).start
     tasks: dict[int, LayerTask] = {}
-    table = new.transfers(old).table.tolist()
+    table = transfers.table.tolist()
     for layer, expert, source_slot, source, slot, target, number in table:
         task = tasks.setdefault(layer, LayerTask(layer))
         if source < 0 and not can_load:

@@ -192,12 +192,14 @@ class Transit:
                 cargo._ahead.popleft()
             if not cargo._ahead:
                 self._loaded.popleft()
-            hops = [hop for hops in rounds for hop in hops]
-            if hops:
-                self._batches.append(self._posted(cargo, hops))
-                cargo._under_way += 1
+            # One without hops counts as well: at any step all ranks have posted as many batches,
+            # so that none waits for what a peer posts only after the next pass.
+            self._batches.append(self._posted(cargo, [hop for hops in rounds for hop in hops]))
+            cargo._under_way += 1
 
     def _posted(self, cargo: Cargo, hops: list[Hop]) -> _Batch:
+        if not hops:
+            return _Batch(cargo, [], None)
         operations: list[distributed.P2POp] = []
         if self._stream is not None:
             self._stream.wait_event(self._passed)
