@@ -300,6 +300,7 @@ def refusals(rank, size):
         "moves": lambda: made(planner=peers, settings=RebalancerSettings(max_moves=1)),
         "state": lambda: made(state=strange),
         "on one rank": lambda: made(layers=layers[1:] if last else layers),
+        "memory": lambda: made(weights=Model(rank, True, plan).weights),
         "differ": lambda: made(plan=random_plan(5) if last else plan),
     }
     found = {name: code_of(call) for name, call in calls.items()}
@@ -330,6 +331,7 @@ def test_what_does_not_fit_is_refused_on_all_ranks(told):
             "moves": ("inconsistent", "planner"),
             "state": ("inconsistent", "state"),
             "on one rank": ("wrong_shape", "layers") if rank == 3 else ("inconsistent", "group"),
+            "memory": ("inconsistent", "weights"),
             "differ": ("inconsistent", "settings"),
         }
 

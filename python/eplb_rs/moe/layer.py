@@ -6,15 +6,19 @@ experts, S slots of this rank, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from eplb_rs._inputs import as_count
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, Sites, UnevenExchange
 from eplb_rs.moe.experts import ExpertsBackward, experts_backward, experts_forward
+from eplb_rs.moe.fit import check_plan, check_routed, check_weights
 from eplb_rs.moe.routing import RoutingTable, routing_rows
+from eplb_rs.moe.rows import Activation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +26,6 @@ if TYPE_CHECKING:
     from torch import distributed
 
     from eplb_rs.moe.routing import RoutingRule
-    from eplb_rs.moe.rows import Activation
     from eplb_rs.plan import Plan
 
 __all__ = ["ExpertParallelMoE", "Pass", "Recorded", "TopK", "TopKRouter"]
@@ -69,6 +72,13 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise InvalidInputError(
+                code="out_of_range",
+                argument="top_k",
+                got=str(top_k),
+                expected=f"1 to {num_experts}, the number of experts",
+            )
         self.top_k = top_k
         self.score = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
@@ -88,7 +98,8 @@ class ExpertParallelMoE(nn.Module):
         router: Chooses experts: a :class:`TopKRouter`, or what returns the like.
         weights: This rank's experts of this layer, from
             :class:`~eplb_rs.moe.weights.ExpertWeights`: ``gate_up.weight`` `[S, 2I, H]` and
-            ``down.weight`` `[S, H, I]`. They become parameters and share memory.
+            ``down.weight`` `[S, H, I]`, of one floating dtype. They become parameters and share
+            memory.
         plan: Where experts live.
         layer: Which layer of the plan this is, counted from 0.
         group: The ranks; by default all of torch.distributed's.
@@ -106,8 +117,10 @@ class ExpertParallelMoE(nn.Module):
 
     Raises:
         InvalidInputError: ``wrong_shape`` for weights or a group that do not fit the plan;
-            ``out_of_range`` for a layer; ``not_positive`` for a capacity; as
-            :func:`~eplb_rs.moe.routing.routing_rows` for the routing.
+            ``unknown`` for further tensors, scales say, or an activation; ``wrong_dtype`` or
+            ``inconsistent`` for weights; ``out_of_range`` for a layer; ``not_positive`` or
+            ``not_integer`` for a count; as :func:`~eplb_rs.moe.routing.routing_rows` for the
+            routing.
 
     Attributes:
         load_E: `[E]` int64 on the device, tokens that this rank has routed to each logical expert
@@ -135,30 +148,21 @@ class ExpertParallelMoE(nn.Module):
         max_replicas: int | None = None,
     ) -> None:
         super().__init__()
-        gate_up, down = weights["gate_up.weight"], weights["down.weight"]
+        check_plan(plan, layer)
+        sites = Sites.of(plan, group)
+        gate_up, down = check_weights(weights, sites.num_slots)
         device = gate_up.device
-        self.sites = Sites.of(plan, group, device)
-        if len(gate_up) != self.sites.num_slots or len(down) != len(gate_up):
+        self.sites = replace(sites, device=device)
+        if activation not in get_args(Activation):
             raise InvalidInputError(
-                code="wrong_shape",
-                argument="weights",
-                got=f"{len(gate_up)} and {len(down)} slots",
-                expected=f"{self.sites.num_slots} slots, as rank {self.sites.rank} of the plan has",
+                code="unknown",
+                argument="activation",
+                got=repr(activation),
+                expected=" or ".join(map(repr, get_args(Activation))),
             )
-        if not 0 <= layer < plan.num_layers:
-            raise InvalidInputError(
-                code="out_of_range",
-                argument="layer",
-                got=str(layer),
-                expected=f"a layer of the plan, 0 to {plan.num_layers - 1}",
-            )
-        if capacity is not None and capacity < 1:
-            raise InvalidInputError(
-                code="not_positive",
-                argument="capacity",
-                got=str(capacity),
-                expected="at least 1",
-            )
+        if capacity is not None:
+            capacity = as_count(capacity, "capacity")
+        row_multiple = as_count(row_multiple, "row_multiple")
         self.router = router
         self.gate_up, self.down = nn.Parameter(gate_up), nn.Parameter(down)
         self.shared = shared
@@ -179,9 +183,11 @@ class ExpertParallelMoE(nn.Module):
         """Routes by another plan from the next forward on; its weights must be in place by then.
 
         Raises:
-            InvalidInputError: As :func:`~eplb_rs.moe.routing.routing_rows`; ``too_large`` for an
-                expert with more replicas than ``max_replicas``. Routing stays as it was.
+            InvalidInputError: As :func:`~eplb_rs.moe.routing.routing_rows`; ``wrong_shape`` for a
+                plan of other experts or slots; ``too_large`` for an expert with more replicas than
+                ``max_replicas``. Routing stays as it was.
         """
+        check_plan(plan, self.layer, like=(len(self.load_E), self.sites.slots))
         rows, lengths = routing_rows(plan, self.sites.rank, routing, layer=self.layer)
         self.table.update(rows[0], lengths[0])
 
@@ -207,11 +213,15 @@ class ExpertParallelMoE(nn.Module):
             The same shape.
 
         Raises:
+            InvalidInputError: ``wrong_shape``, ``wrong_dtype`` or ``inconsistent`` for tokens or
+                choices that do not fit; on a CPU ``out_of_range`` for an expert. On this rank
+                alone, before it sends anything: the others wait.
             OverflowError: With a capacity, on all ranks alike, where more rows came than fit; but
                 not while a CUDA graph is captured: then :meth:`raise_on_overflow` tells.
         """
         x_TH = x.reshape(-1, x.shape[-1])
         gate_TK, expert_TK = self.router(x_TH)
+        gate_TK = gate_TK.to(x_TH.dtype)
         made = self.begin(x_TH, gate_TK, expert_TK)
         out: Tensor = _Whole.apply(x_TH, gate_TK, self.gate_up, self.down, made)
         if self.shared is not None:
@@ -223,7 +233,8 @@ class ExpertParallelMoE(nn.Module):
 
         Records the load and settles where rows go, a collective call.
         """
-        slot_TK, count_E = self.table.route(expert_TK)
+        check_routed(x_TH, gate_TK, expert_TK, self.gate_up, len(self.load_E))
+        slot_TK, count_E = self.table.route(expert_TK.long())
         self.load_E += count_E
         exchange: Exchange
         if self.capacity is None:
@@ -301,7 +312,8 @@ class Pass:
     @torch.no_grad()
     def combine_backward(self, grad_TH: Tensor) -> None:
         """Starts the gradients of the results to the experts."""
-        assert self._back is not None, "after output()"
+        _check_order(self._back is not None, "combine_backward", "output(), once")
+        assert self._back is not None
         self._flight, self._gate_grad = self._exchange.spread_to_experts(
             grad_TH, self._gates, self._back
         )
@@ -310,8 +322,9 @@ class Pass:
     @torch.no_grad()
     def experts_backward(self) -> None:
         """Waits for them and computes the gradients of the rows."""
-        assert self._rows is not None, "after experts()"
-        assert self._inner is not None, "after experts()"
+        _check_order(self._rows is not None, "experts_backward", "experts(), once")
+        assert self._rows is not None
+        assert self._inner is not None
         layer = self._layer
         self._half = experts_backward(
             self._exchange.experts_landed(self._landing()),
@@ -327,28 +340,43 @@ class Pass:
     @torch.no_grad()
     def dispatch_backward(self) -> None:
         """Starts the gradients of the rows back to their tokens."""
-        assert self._half is not None, "after experts_backward()"
+        _check_order(self._half is not None, "dispatch_backward", "experts_backward()")
+        assert self._half is not None
         self._flight = self._exchange.to_tokens(self._half.grad_rows_NH)
 
     @torch.no_grad()
     def input_grad(self) -> tuple[Tensor, Tensor]:
         """Waits for them: the gradients of tokens, `[T, H]`, and gates, `[T, K]`."""
-        assert self._gate_grad is not None, "after combine_backward()"
+        _check_order(self._gate_grad is not None, "input_grad", "combine_backward()")
+        assert self._gate_grad is not None
         grads = self._landing().land()
         return self._exchange.tokens_landed(grads, None), self._gate_grad
 
     @torch.no_grad()
     def weight_grads(self) -> tuple[Tensor, Tensor]:
         """The gradients of the layer's `gate_up` and `down`; frees what they need."""
-        assert self._half is not None, "once, after experts_backward()"
+        _check_order(self._half is not None, "weight_grads", "experts_backward(), once")
+        assert self._half is not None
         grads = self._half.weights()
         self._half = None
         return grads
 
     def _landing(self) -> Flight:
-        assert self._flight is not None, "no exchange is under way"
+        _check_order(self._flight is not None, "a phase that waits", "the one that sends, once")
+        assert self._flight is not None
         flight, self._flight = self._flight, None
         return flight
+
+
+def _check_order(good: bool, phase: str, after: str) -> None:
+    if not good:
+        raise InvalidInputError(
+            code="wrong_order",
+            argument="phase",
+            got=phase,
+            expected=f"called after {after}",
+            hint="a pass goes forward once and backward once",
+        )
 
 
 class _Whole(torch.autograd.Function):

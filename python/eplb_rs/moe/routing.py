@@ -211,9 +211,16 @@ class RoutingTable:
         """Takes the rows of a layer, `[E, W]` and `[E]`, from :func:`routing_rows`.
 
         Raises:
-            InvalidInputError: ``too_large`` for a row that is longer than the table is wide;
-                the table stays as it was.
+            InvalidInputError: ``too_large`` for a row that is longer than the table is wide,
+                ``wrong_shape`` for rows of other experts; the table stays as it was.
         """
+        if not (len(rows) == len(lengths) == len(self.length_E)):
+            raise InvalidInputError(
+                code="wrong_shape",
+                argument="rows",
+                got=f"rows of {len(rows)} experts, lengths of {len(lengths)}",
+                expected=f"{len(self.length_E)} experts",
+            )
         longest, width = int(lengths.max()), self.row_EW.shape[1]
         if longest > width:
             raise InvalidInputError(

@@ -39,14 +39,32 @@ def sum_replica_gradients(
         group: The ranks; by default all of torch.distributed's.
 
     Raises:
-        InvalidInputError: ``wrong_shape`` for another number of layers or slots than the plan's.
+        InvalidInputError: ``wrong_shape`` for another number of layers, slots or ranks than the
+            plan's, ``wrong_type`` for a gradient that is missing.
 
     Cost: each replica but the first sends its gradient once and gets the sum once.
     """
     group = group or distributed.group.WORLD
     assert group is not None, "torch.distributed is initialised"
     rank = group.rank()
+    if group.size() != plan.topology.num_gpus:
+        raise InvalidInputError(
+            code="wrong_shape",
+            argument="group",
+            got=f"{group.size()} ranks",
+            expected=f"{plan.topology.num_gpus} ranks, as the plan has",
+        )
     here = slots_of(plan, rank)
+    for layer, tensors in enumerate(gradients):
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise InvalidInputError(
+                    code="wrong_type",
+                    argument="gradients",
+                    got=f"{type(tensor).__name__} for {name} of layer {layer}",
+                    expected="a tensor, on every rank",
+                    hint="zeros where no backward has come by",
+                )
     got = (len(gradients), {len(tensor) for layer in gradients for tensor in layer.values()})
     if got != (plan.num_layers, {len(here)}):
         raise InvalidInputError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from eplb_rs.errors import InvalidInputError
+from eplb_rs.moe.layer import ExpertParallelMoE
 from eplb_rs.moe.rebalance.layers import RebalancedLayer
 from eplb_rs.moe.rebalance.side import Side, Vote, digest
 from eplb_rs.moe.rebalance.state import RebalancerState
@@ -43,6 +44,7 @@ def check_alike(
     try:
         _check_types(planner, layers, weights, plan, state)
         _check_sizes(side, layers, weights, plan)
+        _check_memory(layers, weights)
         _check_planner(planner, plan, settings)
         _check_state(state, plan)
     except InvalidInputError as error:
@@ -117,6 +119,21 @@ def _check_sizes(side: Side, layers: Sequence[object], weights: ExpertWeights, p
                 argument=argument,
                 got=f"{got[0]} layers" + f" of {got[1]} slots" * (argument == "weights"),
                 expected=f"{plan.num_layers} layers of {slots} slots, as the plan has here",
+            )
+
+
+def _check_memory(layers: Sequence[object], weights: ExpertWeights) -> None:
+    for number, layer in enumerate(layers):
+        if isinstance(layer, ExpertParallelMoE) and (
+            layer.gate_up.data_ptr() != weights[number]["gate_up.weight"].data_ptr()
+            or layer.down.data_ptr() != weights[number]["down.weight"].data_ptr()
+        ):
+            raise InvalidInputError(
+                code="inconsistent",
+                argument="weights",
+                got=f"other memory than layer {number} computes with",
+                expected="the tensors that the layers were made of",
+                hint="`.to(...)` gives a layer new ones: convert weights before",
             )
 
 

@@ -75,8 +75,8 @@ class Rebalancer:
     Raises:
         InvalidInputError: ``wrong_type`` for an argument, ``wrong_shape`` for layers, weights or a
             group that do not fit the plan, ``inconsistent`` for a planner that does not fit the
-            plan or the settings, a state of another placement, or ranks that were given
-            different things; ``missing_group``.
+            plan or the settings, layers whose tensors are not those of the weights, a state of
+            another placement, or ranks that were given different things; ``missing_group``.
 
     Cost: on a pass where nothing is due, a few microseconds. A window's end copies
     `8 L (E + R)` bytes from the device; each layer's new routing takes 0.1 to 1.5 ms.
