@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 import torch.distributed as dist  # noqa: E402
 from eplb_rs.moe import (  # noqa: E402
+    ExpertParallelMoE,
     ExpertWeights,
     MoveCost,
     MoveError,
@@ -25,6 +26,7 @@ from eplb_rs.moe import (  # noqa: E402
     RebalancerSettings,
     RebalancerState,
     Recorded,
+    TopK,
 )
 from eplb_rs.scenarios import Outlook  # noqa: E402
 from moe_model import (  # noqa: E402
@@ -34,6 +36,7 @@ from moe_model import (  # noqa: E402
     SLOTS,
     TOP_K,
     TOPOLOGY,
+    Chosen,
     Model,
     draw,
     random_plan,
@@ -42,7 +45,7 @@ from moe_model import (  # noqa: E402
 )
 
 PLANNER = eplb_rs.Planner(TOPOLOGY)
-QUICK = {"window_passes": 6, "interval_passes": 12, "estimator": "last", "limit_s": 60.0}
+QUICK = {"window_passes": 4, "interval_passes": 8, "estimator": "last", "limit_s": 60.0}
 
 
 def popularity(phase):
@@ -100,7 +103,7 @@ def looped(rank, plan, passes, *, planner=PLANNER, checked=False, state=None, **
 
 
 def with_a_drifting_load(rank, size):
-    loop, model, windows = looped(rank, random_plan(3), [1] * 36 + [2] * 36, checked=True)
+    loop, model, windows = looped(rank, random_plan(3), [1] * 24 + [2] * 30, checked=True)
     for layer in range(LAYERS):
         held = model.weights[layer]["gate_up.weight"]
         slots = loop.plan.phy2log[layer, rank * SLOTS : (rank + 1) * SLOTS]
@@ -124,12 +127,11 @@ def test_the_balance_follows_a_drifting_load(told):
             )
     measured = [one["balance_measured"] for one in windows]
     predicted = [one["balance_predicted"] for one in windows]
-    # Windows of 6 passes: 1 and 2 before the first plan, 5 after it, 6 to 11 of the second load.
-    for settled in (4, 10):
+    # Windows of 4 passes: two before the first plan, the sixth after it, seven of another load.
+    for before, settled in ((1, 5), (6, 12)):
         assert measured[settled] > 0.9
         assert measured[settled] == pytest.approx(predicted[settled - 1], abs=1e-12)
-        assert measured[settled] > measured[settled - 4] + 0.05
-    assert measured[6] < measured[4] - 0.05, "the load has drifted"
+        assert measured[settled] > measured[before] + 0.05
     last = windows[-1]
     assert last["plans_adopted"] >= 2
     assert last["shifts"] == 1
@@ -151,7 +153,7 @@ def in_all_ways(rank, size):
     """Until the first plan is in force."""
     found = []
     for way in WAYS:
-        loop, _, _ = looped(rank, random_plan(3), [1] * 26, **way)
+        loop, _, _ = looped(rank, random_plan(3), [1] * 24, **way)
         assert loop.metrics().plans_adopted == 1
         found.append(loop.plan.phy2log.tolist())
     return found
@@ -197,13 +199,13 @@ def whatever_does_not_move(rank, size):
     }
     found = {}
     for name, (start, options) in cases.items():
-        loop, _, _ = looped(rank, start, [1] * 18, **options)
+        loop, _, _ = looped(rank, start, [1] * 14, **options)
         assert np.array_equal(loop.plan.phy2log, start.phy2log), name
         metrics = loop.metrics()
         found[name] = (metrics.plans_not_worth, metrics.plans_failed, metrics.plans_adopted)
         assert metrics.plans >= 1
     # What takes no transfer, an expert twice on a rank, is worth its nothing.
-    loop, _, _ = looped(rank, plan, [1] * 24, cost=dear)
+    loop, _, _ = looped(rank, plan, [1] * 20, cost=dear)
     assert loop.metrics().moves == 0
     return found
 
@@ -226,16 +228,15 @@ def with_other_settings(rank, size):
         "shares without moves": {"routing": "shares", "max_moves": 0},
         "scenarios": {"outlook": Outlook(copies=4), "max_moves": 12},
         "worth it": {"cost": worth},
-        "few moves, worth it": {"cost": worth, "max_moves": 6},
-        "nearest": {"routing": "nearest"},
+        "few moves, nearest": {"cost": worth, "max_moves": 6, "routing": "nearest"},
     }.items():
-        loop, _, windows = looped(rank, plan, [1] * 32, checked="shares" in name, **options)
+        loop, _, windows = looped(rank, plan, [1] * 28, checked="shares" in name, **options)
         assert loop.metrics().moves <= options.get("max_moves", math.inf) * loop.metrics().plans
         balances[name] = [windows[0].balance_measured, windows[-1].balance_measured]
 
     # A restart goes on with the placement in force, and knows the load.
     state = RebalancerState.from_json(loop.state().to_json())
-    again, _, _ = looped(rank, state.plan, [1] * 8, state=state, routing="shares")
+    again, _, _ = looped(rank, state.plan, [1] * 6, state=state, routing="shares")
     assert np.array_equal(again.plan.phy2log, loop.plan.phy2log)
     assert len(again.state().windows) == len(loop.state().windows) + 1
     return balances
@@ -348,7 +349,7 @@ def idle(rank, size):
     loop = Rebalancer(
         PLANNER, layers, model.weights, random_plan(0), settings=RebalancerSettings(**QUICK)
     )
-    for _ in range(20):
+    for _ in range(14):
         loop.step()
         dist.barrier()
     log.removeHandler(handler)
@@ -383,15 +384,15 @@ def told():
 def dying(rank, size, seed):
     """A rank dies in mid-loop; the others hear of it in a pass, or in the loop."""
     rng = np.random.default_rng(seed)
-    victim, when = int(rng.integers(size)), int(rng.integers(10, 40))
+    victim, when = int(rng.integers(size)), int(rng.integers(6, 30))
     plan = random_plan(seed)
     model = Model(rank, True, plan)
     settings = RebalancerSettings(
-        window_passes=6, interval_passes=6, estimator="last", limit_s=2.0, grace_s=2.5
+        window_passes=4, interval_passes=4, estimator="last", limit_s=2.0, grace_s=2.5
     )
     loop = Rebalancer(PLANNER, model.layers, model.weights, plan, settings=settings)
     try:
-        for number in range(60):
+        for number in range(40):
             if rank == victim and number == when:
                 if seed % 2:
                     serve(model, rank, number, number // 12, checked=False)
@@ -504,3 +505,40 @@ def test_metrics_make_a_line():
     assert line.startswith("7 passes: balance 0.5000 measured, nan predicted")
     assert "0.003 GB" in line
     assert "\n" not in line
+
+
+def on_a_gpu(rank, size):
+    """What layers count on the device comes to the host, and nothing else."""
+    group = dist.new_group(backend="nccl")
+    plan = eplb_rs.Planner(eplb_rs.Topology(1, 1, 6)).plan([[4, 3, 2, 1]])
+    weights = ExpertWeights.adopt(
+        [
+            {
+                "gate_up.weight": torch.zeros(6, 16, 8, device="cuda", dtype=torch.bfloat16),
+                "down.weight": torch.zeros(6, 8, 8, device="cuda", dtype=torch.bfloat16),
+            }
+        ]
+    )
+    layer = ExpertParallelMoE(Chosen(), weights[0], plan, group=group)
+    loop = Rebalancer(
+        eplb_rs.Planner(plan.topology),
+        [layer],
+        weights,
+        plan,
+        group=group,
+        settings=RebalancerSettings(**QUICK),
+    )
+    x = torch.ones(5, 8, device="cuda", dtype=torch.bfloat16)
+    ids = torch.tensor([[0, 1], [0, 2], [0, -1], [3, 1], [0, 1]], device="cuda")
+    layer.router.choice = TopK(torch.ones(5, 2, device="cuda"), ids)
+    for _ in range(15):
+        layer(x)
+        loop.step()
+    assert loop.metrics().balance_measured == 1
+    assert loop.metrics().windows == 3
+    return loop.state().windows.tolist()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    assert world.run(on_a_gpu, 1) == [[[[16, 12, 4, 4]]] * 3]
