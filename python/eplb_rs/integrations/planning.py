@@ -167,9 +167,9 @@ class EnginePlanner:
     def _report(self, plan: Plan, before: Plan | None, seconds: float) -> None:
         """A line for the log, from the first rank."""
         distributed = getattr(sys.modules.get("torch"), "distributed", None)
-        if distributed is not None and distributed.is_available():
-            if distributed.is_initialized() and distributed.get_rank():
-                return
+        together = distributed and distributed.is_available() and distributed.is_initialized()
+        if distributed and together and distributed.get_rank() > 0:
+            return
         change = f"balance {plan.balance:.4f}"
         if before is not None:
             sent = plan.transfers(before)
