@@ -283,6 +283,14 @@ class Pass:
         self._half: ExpertsBackward | None = None
         self._gate_grad: Tensor | None = None
 
+    @property
+    def rows_by_slot(self) -> Tensor:
+        """`[S]` int32 on the device, how many rows each slot of this rank gets in this pass, with
+        those that fill it up to ``row_multiple``. Known once the layer's ``begin`` has returned;
+        waits for nothing."""
+        end_S = self._exchange.groups.end_S
+        return end_S.diff(prepend=end_S.new_zeros(1))
+
     @torch.no_grad()
     def dispatch(self) -> None:
         """Starts the tokens to their experts."""
