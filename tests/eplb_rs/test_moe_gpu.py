@@ -89,9 +89,7 @@ class Rank:
         return plan.phy2log[layer, self.rank * self.slots :][: self.slots].tolist()
 
     def weights(self, plan):
-        weights = ExpertWeights(
-            FIELDS, num_layers=LAYERS, num_slots=self.slots, device=self.device
-        )
+        weights = ExpertWeights(FIELDS, num_layers=LAYERS, num_slots=self.slots, device=self.device)
         for layer in range(LAYERS):
             for slot, number in enumerate(self.held(plan, layer)):
                 for name, part in self.expert(layer, number).items():
@@ -366,9 +364,7 @@ def world(size):
     """What each check has found on each rank."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__]
-        ranks = [
-            subprocess.Popen([*command, str(rank), str(size), folder]) for rank in range(size)
-        ]
+        ranks = [subprocess.Popen([*command, str(rank), str(size), folder]) for rank in range(size)]
         end = time.monotonic() + LIMIT_S
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
             if any(rank.poll() for rank in ranks):

@@ -23,13 +23,13 @@ import torch
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.forecast import Forecaster
 from eplb_rs.moe.move import ExpertMover, MoveError
-from eplb_rs.moe.move.mover import members
 from eplb_rs.moe.rebalance.alike import check_alike, check_type
 from eplb_rs.moe.rebalance.metrics import RebalancerMetrics
 from eplb_rs.moe.rebalance.proposal import Job, Proposal, balance_of, predicted_balance, propose
 from eplb_rs.moe.rebalance.settings import RebalancerSettings
 from eplb_rs.moe.rebalance.side import HostCopy, Side, Vote
 from eplb_rs.moe.rebalance.state import RebalancerState
+from eplb_rs.moe.sites import members
 from eplb_rs.plan import Plan
 
 if TYPE_CHECKING:
