@@ -174,6 +174,18 @@ def test_replicas_on_one_rank_are_read_once(tmp_path):
         assert len(set(sums)) == NUM_EXPERTS
 
 
+def test_one_expert_is_read_alone(tmp_path):
+    written = whole(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    weights = ExpertWeights(checkpoint.fields, num_layers=1, num_slots=1)
+    checkpoint.read_expert(2, 3, weights.slot(0, 0))
+    up = weights[0]["gate_up.weight"][0].chunk(2)[1]
+    assert torch.equal(up, written[UP])
+    assert checkpoint.bytes_read == weights.expert_bytes
+    with pytest.raises(eplb_rs.InvalidInputError, match="experts that the checkpoint holds whole"):
+        checkpoint.read_expert(2, 999, weights.slot(0, 0))
+
+
 def test_dead_slots_stay_as_they_are(tmp_path):
     write_checkpoint(tmp_path / "in", "olmoe", np.random.default_rng(0))
     checkpoint = Checkpoint(tmp_path / "in")
