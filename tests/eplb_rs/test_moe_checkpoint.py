@@ -175,8 +175,8 @@ def test_replicas_on_one_rank_are_read_once(tmp_path):
 
 
 def test_one_expert_is_read_alone(tmp_path):
-    written = whole(tmp_path)
-    checkpoint = Checkpoint(tmp_path)
+    written = whole(tmp_path / "in")
+    checkpoint = Checkpoint(tmp_path / "in")
     weights = ExpertWeights(checkpoint.fields, num_layers=1, num_slots=1)
     checkpoint.read_expert(2, 3, weights.slot(0, 0))
     up = weights[0]["gate_up.weight"][0].chunk(2)[1]
