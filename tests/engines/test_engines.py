@@ -216,14 +216,24 @@ def test_vllm_does_not_start_with_a_wrong_setting():
 
 def test_sglang():
     pytest.importorskip("sglang")
-    shares = {"EPLB_RS_POLICY": "balanced", "EPLB_RS_SHARES": "8"}
-    (mine, told), (again, _), (theirs, _), (split, _), (static, warned), (wrong, loud) = run(
+    still = CHOSEN | {"EPLB_RS_MAX_MOVES": "0"}
+    shares = still | {"EPLB_RS_SHARES": "16"}
+    (
+        (mine, told),
+        (again, _),
+        (theirs, _),
+        (even, _),
+        (split, _),
+        (static, warned),
+        (wrong, loud),
+    ) = run(
         "sglang_program",
         CHOSEN,
         CHOSEN,
         {},
-        CHOSEN | shares,
-        CHOSEN | shares | {"TEST_DISPATCH": "static"},
+        still,
+        shares,
+        shares | {"TEST_DISPATCH": "static"},
         {"EPLB_RS_POLICY": "best"},
     )
     assert mine["installed"]
@@ -233,8 +243,11 @@ def test_sglang():
     assert 0 < mine["moved"] <= 0.1 * LAYERS * REPLICAS
     assert told.count("the engine's own policy does instead") == 1
     assert mine["entries"] == LAYERS * REPLICAS
-    assert split["entries"] > mine["entries"], "some slots are listed more than once"
-    assert sum(split["worst"]) < sum(mine["worst"]), "weighted entries are weighted routing"
+    assert even["moved"] == split["moved"] == 0
+    assert split["entries"] > even["entries"], "some slots are listed more than once"
+    gains = [before - after for before, after in zip(even["worst"], split["worst"], strict=True)]
+    assert min(gains) >= 0
+    assert max(gains) > 0.02, "weighted entries are weighted routing"
     assert static["entries"] == mine["entries"]
     assert "needs --ep-dispatch-algorithm dynamic" in warned
     assert not wrong["installed"]
