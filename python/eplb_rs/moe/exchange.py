@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, distributed
 
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.moe import rows
 from eplb_rs.moe.experts import Groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from eplb_rs.moe.rows import RowFunctions
     from eplb_rs.plan import Plan
 
 __all__ = ["CapacityExchange", "Exchange", "Flight", "Sites", "UnevenExchange"]
@@ -93,8 +93,8 @@ class Sites:
     @cached_property
     def slot_ranks(self) -> Tensor:
         """`[R]`, the rank of each slot."""
-        ranks = torch.arange(len(self.slots))
-        return torch.repeat_interleave(ranks, torch.tensor(self.slots)).to(self.device)
+        ranks = [rank for rank, count in enumerate(self.slots) for _ in range(count)]
+        return torch.tensor(ranks, device=self.device)
 
 
 class Flight:
@@ -139,20 +139,20 @@ class Exchange:
     def to_experts(self, x_TH: Tensor) -> Flight:
         """Starts each token's row to its experts."""
         choices = self._place_TK.shape[1]
-        sent = rows.gather(x_TH, self._sent_M, gaps=self._gaps[0], share=choices)
+        sent = self._rows.gather(x_TH, self._sent_M, gaps=self._gaps[0], share=choices)
         return self._all_to_all(sent, back=False)
 
     def experts_landed(self, flight: Flight) -> Tensor:
         """Waits: `[N, H]`, grouped by slot; zeros where a group is filled up."""
-        return rows.gather(flight.land(), self._arrived_N, gaps=self._gaps[2])
+        return self._rows.gather(flight.land(), self._arrived_N, gaps=self._gaps[2])
 
     def to_tokens(self, rows_NH: Tensor) -> Flight:
         """Starts rows back to their tokens."""
-        return self._all_to_all(rows.gather(rows_NH, self._back_A, gaps=False), back=True)
+        return self._all_to_all(self._rows.gather(rows_NH, self._back_A, gaps=False), back=True)
 
     def tokens_landed(self, landed: Tensor, gate_TK: Tensor | None) -> Tensor:
         """Adds what has landed for each token, in order of k, times its gates: `[T, H]`."""
-        return rows.weighted_sum(landed, self._place_TK, gate_TK, gaps=self._gaps[1])
+        return self._rows.weighted_sum(landed, self._place_TK, gate_TK, gaps=self._gaps[1])
 
     def spread_to_experts(
         self, grad_TH: Tensor, gate_TK: Tensor, landed: Tensor
@@ -162,7 +162,9 @@ class Exchange:
         Returns:
             Them, and the gradient of the gates, `[T, K]`.
         """
-        grads, gate_grad = rows.spread(grad_TH, gate_TK, landed, self._place_TK, gaps=self._gaps[1])
+        grads, gate_grad = self._rows.spread(
+            grad_TH, gate_TK, landed, self._place_TK, gaps=self._gaps[1]
+        )
         return self._all_to_all(grads, back=False), gate_grad
 
     def _all_to_all(self, sent: Tensor, *, back: bool) -> Flight:
@@ -175,13 +177,16 @@ class UnevenExchange(Exchange):
     Args:
         slot_TK: `[T, K]`, the slot of each row in the numbering of the plan, -1 for none.
         sites: Who takes part. A collective call: all ranks make theirs at once.
+        rows: What gathers and adds.
         multiple: Each group is filled up with zero rows to a multiple of this.
 
     Cost: one all-to-all of R counts, one wait, one sort.
     """
 
-    def __init__(self, slot_TK: Tensor, sites: Sites, *, multiple: int = 1) -> None:
-        self._sites = sites
+    def __init__(
+        self, slot_TK: Tensor, sites: Sites, rows: RowFunctions, *, multiple: int = 1
+    ) -> None:
+        self._sites, self._rows = sites, rows
         device = sites.device
         num_slots, here = sum(sites.slots), sites.num_slots
         ranks = len(sites.slots)
@@ -229,14 +234,22 @@ class CapacityExchange(Exchange):
     Args:
         slot_TK: `[T, K]`, the slot of each row in the numbering of the plan, -1 for none.
         sites: Who takes part. A collective call: all ranks make theirs at once.
+        rows: What gathers and adds.
         capacity: Rows from each rank to each other.
         overflow: One number on the device: gets the rows that did not fit, on any rank, added.
 
     Memory: `D * capacity` rows at both ends, whatever is sent.
     """
 
-    def __init__(self, slot_TK: Tensor, sites: Sites, capacity: int, overflow: Tensor) -> None:
-        self._sites = sites
+    def __init__(
+        self,
+        slot_TK: Tensor,
+        sites: Sites,
+        rows: RowFunctions,
+        capacity: int,
+        overflow: Tensor,
+    ) -> None:
+        self._sites, self._rows = sites, rows
         device = sites.device
         ranks = len(sites.slots)
         slot_M, order, begin_R1 = _by_slot(slot_TK, sum(sites.slots))

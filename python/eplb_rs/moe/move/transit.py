@@ -86,6 +86,10 @@ class Transit:
         self._stream: Any = None
         if weights.device.type == "cuda":
             self._stream = torch.cuda.Stream(weights.device)  # type: ignore[no-untyped-call]
+            # Under NCCL the first call of a group takes all its ranks, and the first message to a
+            # rank takes long.
+            sent = torch.zeros(group.size(), device=weights.device)
+            distributed.all_to_all_single(torch.empty_like(sent), sent, group=group)
         self._loaded: deque[Cargo] = deque()
         self._batches: deque[_Batch] = deque()
         self._passed: Any = None
