@@ -125,6 +125,7 @@ class Exchange:
     groups: Groups
     sent_R: Tensor
     _sites: Sites
+    _rows: RowFunctions
     _sent_M: Tensor
     """`[M]`, which of the T*K rows stands at each place of the send buffer."""
     _place_TK: Tensor

@@ -47,7 +47,7 @@ def gather(rows_NH: Tensor, index: Tensor, *, gaps: bool, share: int = 1) -> Ten
 
 
 @triton.jit
-def _gather(  # type: ignore[no-untyped-def]
+def _gather(
     rows, index, out, num_rows, SHARE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     place = tl.program_id(0).to(tl.int64)
@@ -85,7 +85,7 @@ def weighted_sum(
 
 
 @triton.jit
-def _weighted_sum(  # type: ignore[no-untyped-def]
+def _weighted_sum(
     rows,
     places,
     gates,
@@ -136,7 +136,7 @@ def spread(
 
 
 @triton.jit
-def _spread(  # type: ignore[no-untyped-def]
+def _spread(
     grads,
     gates,
     rows,
@@ -175,9 +175,7 @@ def gated(inner: Tensor, activation: Activation) -> Tensor:
 
 
 @triton.jit
-def _gated(  # type: ignore[no-untyped-def]
-    inner, out, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gated(inner, out, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     for begin in range(0, WIDTH, BLOCK):
         column = begin + tl.arange(0, BLOCK)
@@ -206,7 +204,7 @@ def gated_backward(grad: Tensor, inner: Tensor, activation: Activation) -> tuple
 
 
 @triton.jit
-def _gated_backward(  # type: ignore[no-untyped-def]
+def _gated_backward(
     grads,
     inner,
     hidden,
@@ -230,7 +228,7 @@ def _gated_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _activated(gate, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activated(gate, ACTIVATION: tl.constexpr):
     """The activation and its derivative."""
     if ACTIVATION == "silu":
         share = 1 / (1 + tl.exp(-gate))
