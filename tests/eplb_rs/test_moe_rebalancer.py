@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 import torch.distributed as dist  # noqa: E402
 from eplb_rs.moe import (  # noqa: E402
+    ExpertMover,
     ExpertParallelMoE,
     ExpertWeights,
     MoveCost,
@@ -435,6 +436,69 @@ def test_a_rank_dies_in_mid_loop():
 @pytest.mark.slow
 def test_ranks_die_in_mid_loop():
     check_survivors(range(3, 23))
+
+
+def going_on(rank, size, seed):
+    """A rank dies; the others place what it held anew, and serve and balance on without it."""
+    victim = seed % size
+    plan = random_plan(seed)
+    model = Model(rank, True, plan, routing="nearest")
+    settings = RebalancerSettings(**QUICK | {"limit_s": 5.0}, grace_s=2.5)
+    loop = Rebalancer(PLANNER, model.layers, model.weights, plan, settings=settings)
+    try:
+        for number in range(40):
+            if rank == victim and number == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+            try:
+                serve(model, rank, number, 1, checked=False)
+            except RuntimeError as error:
+                raise loop.abort(str(error)) from error
+            loop.step()
+    except MoveError as failure:
+        error = failure
+    assert error.lost_ranks == (victim,)
+    topology = TOPOLOGY.with_dead(error.lost_ranks)
+    alive = [one for one in range(size) if one != victim]
+    group = dist.new_group(alive, use_local_synchronization=True)
+    planner = eplb_rs.Planner(topology)
+    new = planner.plan(popularity(1), previous=error.plan)
+    read = []
+
+    def load(layer, expert, into):
+        read.append((layer, expert))
+        for whole, part in zip(whole_weights(True), into.values(), strict=True):
+            part.copy_(whole[layer, expert])
+
+    ExpertMover(model.weights, group=group, load=load, limit_s=10).apply(error.plan, new)
+    for layer in model.layers:
+        layer.regroup(new, group)
+        assert code_of(lambda layer=layer: layer.follow(plan)) == ("wrong_shape", "group")
+    loop = Rebalancer(
+        planner,
+        model.layers,
+        model.weights,
+        new,
+        group=group,
+        settings=settings,
+    )
+    for number in range(24):
+        serve(model, rank, number, 2)
+        loop.step()
+    metrics = loop.metrics()
+    # And once more: who is lost now is told by the plan's numbers, not by the smaller group's.
+    if rank == alive[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    lost = loop.abort("a rank is gone").lost_ranks
+    return lost, (alive[1],), metrics.plans_adopted, sorted(read), sorted(error.lost_experts)
+
+
+def test_survivors_go_on():
+    for outcome in world.run_lossy(going_on, 4, [(seed,) for seed in (1, 2)], at_once=2):
+        told = [one for one in outcome if one is not None]
+        assert len(told) == 2
+        assert all(lost == victims for lost, victims, *_ in told)
+        assert all(adopted >= 1 for _, _, adopted, *_ in told)
+        assert all(set(read) <= set(gone) for *_, read, gone in told)
 
 
 @pytest.mark.parametrize(

@@ -9,92 +9,20 @@ at this rank's experts, H hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed
 
-from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe.experts import Groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from eplb_rs.moe.rows import RowFunctions
-    from eplb_rs.plan import Plan
+    from eplb_rs.moe.sites import Sites
 
-__all__ = ["CapacityExchange", "Exchange", "Flight", "Sites", "UnevenExchange"]
-
-
-@dataclass(frozen=True)
-class Sites:
-    """The ranks of a group and their slots.
-
-    Attributes:
-        group: The ranks; rank r of it holds the slots of the plan's rank r.
-        slots: How many slots each rank has.
-        device: Where rows are.
-    """
-
-    group: distributed.ProcessGroup
-    slots: tuple[int, ...]
-    device: torch.device
-
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        group: distributed.ProcessGroup | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Sites:
-        """Those of a plan.
-
-        Args:
-            plan: Where experts live.
-            group: The ranks; by default all of torch.distributed's.
-            device: Where rows are.
-
-        Raises:
-            InvalidInputError: ``wrong_shape`` if the group has another number of ranks.
-        """
-        group = group or distributed.group.WORLD
-        if group is None or group.size() != plan.topology.num_gpus:
-            raise InvalidInputError(
-                code="wrong_shape",
-                argument="group",
-                got="none" if group is None else f"{group.size()} ranks",
-                expected=f"{plan.topology.num_gpus} ranks, as the plan has",
-            )
-        return cls(group, tuple(plan.topology.slots), torch.device(device))
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return self.group.rank()
-
-    @property
-    def first_slot(self) -> int:
-        """The first slot of this rank in the numbering of the plan."""
-        return sum(self.slots[: self.rank])
-
-    @property
-    def num_slots(self) -> int:
-        """S."""
-        return self.slots[self.rank]
-
-    @cached_property
-    def first_slots(self) -> Tensor:
-        """`[D]`, the first slot of each rank."""
-        return torch.tensor(_begins(self.slots), device=self.device)
-
-    @cached_property
-    def slot_ranks(self) -> Tensor:
-        """`[R]`, the rank of each slot."""
-        ranks = [rank for rank, count in enumerate(self.slots) for _ in range(count)]
-        return torch.tensor(ranks, device=self.device)
+__all__ = ["CapacityExchange", "Exchange", "Flight", "UnevenExchange"]
 
 
 class Flight:
@@ -176,7 +104,7 @@ class UnevenExchange(Exchange):
     """As many rows as there are. The host learns the sizes: the one time it waits for the device.
 
     Args:
-        slot_TK: `[T, K]`, the slot of each row in the numbering of the plan, -1 for none.
+        slot_TK: `[T, K]`, the slot of each row, as the sites count them, -1 for none.
         sites: Who takes part. A collective call: all ranks make theirs at once.
         rows: What gathers and adds.
         multiple: Each group is filled up with zero rows to a multiple of this.
@@ -233,7 +161,7 @@ class CapacityExchange(Exchange):
     look (:meth:`ExpertParallelMoE.raise_on_overflow`).
 
     Args:
-        slot_TK: `[T, K]`, the slot of each row in the numbering of the plan, -1 for none.
+        slot_TK: `[T, K]`, the slot of each row, as the sites count them, -1 for none.
         sites: Who takes part. A collective call: all ranks make theirs at once.
         rows: What gathers and adds.
         capacity: Rows from each rank to each other.
@@ -310,11 +238,6 @@ def _inverse(index: Tensor, size: int, *, missing: int) -> Tensor:
     inverse = torch.full((size,), missing, dtype=torch.int64, device=index.device)
     inverse[index] = torch.arange(len(index), device=index.device)
     return inverse
-
-
-def _begins(sizes: Sequence[int]) -> list[int]:
-    """Where each of these begins, one behind the other."""
-    return [0, *accumulate(sizes)][:-1]
 
 
 def _sums(counts: Sequence[int], sizes: Sequence[int]) -> list[int]:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from eplb_rs._inputs import as_count
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe import rows as plain
-from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, Sites, UnevenExchange
+from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, UnevenExchange
 from eplb_rs.moe.experts import ExpertsBackward, experts_backward, experts_forward
 from eplb_rs.moe.fit import check_fused, check_plan, check_routed, check_weights
 from eplb_rs.moe.routing import RoutingTable, routing_rows
 from eplb_rs.moe.rows import Activation
+from eplb_rs.moe.sites import Sites
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,7 +105,8 @@ class ExpertParallelMoE(nn.Module):
             memory.
         plan: Where experts live.
         layer: Which layer of the plan this is, counted from 0.
-        group: The ranks; by default all of torch.distributed's.
+        group: The ranks, or those of the plan that are not dead; by default all of
+            torch.distributed's.
         routing: How tokens are split over replicas; see
             :func:`~eplb_rs.moe.routing.routing_rows`.
         activation: Of the gate.
@@ -128,7 +130,7 @@ class ExpertParallelMoE(nn.Module):
     Attributes:
         load_E: `[E]` int64 on the device, tokens that this rank has routed to each logical expert
             since it was last set to zero.
-        slot_load_R: `[R]` int64, the same for each slot of all ranks.
+        slot_load_R: `[R]` int64, the same for each slot, as :class:`~eplb_rs.moe.Sites` counts them.
     """
 
     load_E: Tensor
@@ -197,9 +199,47 @@ class ExpertParallelMoE(nn.Module):
                 plan of other experts or slots; ``too_large`` for an expert with more replicas than
                 ``max_replicas``. Routing stays as it was.
         """
-        check_plan(plan, self.layer, like=(len(self.load_E), self.sites.slots))
+        check_plan(plan, self.layer, like=(len(self.load_E), self.sites.plan_slots))
+        if Sites.of(plan, self.sites.group).ranks != self.sites.ranks:
+            raise InvalidInputError(
+                code="wrong_shape",
+                argument="plan",
+                got=f"a plan with ranks {plan.topology.dead} dead",
+                expected=f"one that ranks {list(self.sites.ranks)} serve",
+                hint="`regroup` goes on with other ranks",
+            )
         rows, lengths = routing_rows(plan, self.sites.rank, routing, layer=self.layer)
-        self.table.update(rows[0], lengths[0])
+        self.table.update(self.sites.numbers[rows[0]], lengths[0])
+
+    def regroup(
+        self,
+        plan: Plan,
+        group: distributed.ProcessGroup | None = None,
+        routing: RoutingRule = "uniform",
+    ) -> None:
+        """Goes on with other ranks: those that are left when some are lost, or have come back.
+
+        Ranks keep their numbers and slots; those of the plan that are dead have no process in the
+        group. What was recorded is forgotten, and CUDA graphs are to be captured anew.
+
+        Args:
+            plan: Where experts live now; its weights must be in place.
+            group: The processes, in order of rank.
+            routing: As for :meth:`follow`.
+
+        Raises:
+            InvalidInputError: As :meth:`follow`; ``wrong_shape`` for a group that does not fit.
+        """
+        check_plan(plan, self.layer, like=(len(self.load_E), self.sites.plan_slots))
+        before = self.sites
+        self.sites = Sites.of(plan, group, before.device)
+        try:
+            self.follow(plan, routing)
+        except InvalidInputError:
+            self.sites = before
+            raise
+        self.load_E.zero_()
+        self.slot_load_R.zero_()
 
     @property
     def max_replicas(self) -> int:
@@ -208,7 +248,10 @@ class ExpertParallelMoE(nn.Module):
 
     def record(self) -> Recorded:
         """The load since it was last asked for, which begins anew. Waits for nothing."""
-        recorded = Recorded(self.load_E.clone(), self.slot_load_R.clone())
+        present = self.sites.present
+        slot_R = torch.zeros_like(self.slot_load_R)
+        slot_R[present] = self.slot_load_R[: len(present)]
+        recorded = Recorded(self.load_E.clone(), slot_R)
         self.load_E.zero_()
         self.slot_load_R.zero_()
         return recorded
@@ -255,7 +298,7 @@ class ExpertParallelMoE(nn.Module):
             )
             if not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self.raise_on_overflow()
-        self.slot_load_R += exchange.sent_R
+        self.slot_load_R[: len(exchange.sent_R)] += exchange.sent_R
         return Pass(self, exchange, x_TH.detach(), gate_TK.detach())
 
     def raise_on_overflow(self) -> None:

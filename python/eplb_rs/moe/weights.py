@@ -142,8 +142,14 @@ class ExpertWeights:
                         expected=f"all on {first.device}, as the first",
                     )
         weights = object.__new__(cls)
-        plain = [{name: one.detach() for name, one in tensors.items()} for tensors in layers]
-        weights._set(fields, plain)
+        # Of parameters the same memory, but as plain tensors: moving is no step of autograd.
+        weights._set(
+            fields,
+            [
+                {name: one.detach() if one.requires_grad else one for name, one in tensors.items()}
+                for tensors in layers
+            ],
+        )
         return weights
 
     def _set(self, fields: Sequence[ExpertField], layers: list[dict[str, Tensor]]) -> None:

@@ -83,18 +83,23 @@ class StoreLostError(RuntimeError):
 
 
 def account(
-    reason: str, old: Plan, new: Plan, moved: Sequence[int], lost: tuple[int, ...]
+    reason: str,
+    old: Plan,
+    new: Plan,
+    moved: Sequence[int],
+    *,
+    lost: tuple[int, ...],
+    alive: Sequence[int],
 ) -> MoveError:
-    """The error for a move of which these layers were made, and these ranks did not live on."""
+    """The error for a move of which these layers were made, and these ranks lived on."""
     slots = np.array(old.phy2log)
     slots[list(moved)] = new.phy2log[list(moved)]
-    here = [slots_of(old, rank) for rank in range(old.topology.num_gpus) if rank not in lost]
-    alive = np.concatenate([np.arange(one.start, one.stop) for one in here] or [np.arange(0)])
+    held = [slot for rank in alive for slot in slots_of(old, rank)]
     experts = np.arange(old.num_experts)
     gone = tuple(
         (layer, int(expert))
         for layer, row in enumerate(slots)
-        for expert in np.setdiff1d(experts, row[alive])
+        for expert in np.setdiff1d(experts, row[held])
     )
     plan = Plan.from_phy2log(
         new.topology,

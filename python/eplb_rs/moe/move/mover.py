@@ -23,7 +23,8 @@ from eplb_rs.moe.move.error import MoveError, StoreLostError, account
 from eplb_rs.moe.move.records import MoveRecords
 from eplb_rs.moe.move.tasks import layer_tasks, most_arriving
 from eplb_rs.moe.move.transit import Cargo, Transit
-from eplb_rs.moe.weights import ExpertWeights, checksum, slots_of
+from eplb_rs.moe.sites import Sites, members
+from eplb_rs.moe.weights import ExpertWeights, checksum
 from eplb_rs.plan import Plan
 
 if TYPE_CHECKING:
@@ -125,14 +126,13 @@ class ExpertMover:
         made: Any = distributed.new_group(
             ranks, timeout=self._limit, use_local_synchronization=True
         )
-        self._rank: int = made.rank()
-        self._num_ranks = len(ranks)
+        self._group: distributed.ProcessGroup = made
         ExpertMover._made += 1
         self._records = MoveRecords(
             store or _get_default_store(),
             f"eplb-mover/{'-'.join(map(str, ranks))}/{ExpertMover._made}",
-            self._rank,
-            self._num_ranks,
+            made.rank(),
+            len(ranks),
         )
         self._weights = weights
         self._load = load
@@ -215,7 +215,7 @@ class ExpertMover:
         self._records.begin()  # even for a plan that only this rank refuses: all count alike
         self._check(old, new)
         transfers = new.transfers(old)
-        tasks = layer_tasks(transfers, new, self._rank, can_load=self._load is not None)
+        tasks = layer_tasks(transfers, self._sites, can_load=self._load is not None)
         arriving = most_arriving(transfers)
         needed = int(arriving.max()) * self._weights.expert_bytes
         if self._extra is not None and needed > self._extra:
@@ -226,7 +226,7 @@ class ExpertMover:
                 expected=f"at most `max_extra_bytes`, {self._extra:,}",
                 hint="fewer moves a layer, or more memory",
             )
-        self._transit.reserve(int(arriving[self._rank]))
+        self._transit.reserve(int(arriving[self._sites.rank]))
         self._plans = old, new
         self._step = 0
         self._waiting = deque(Cargo(task) for task in tasks)
@@ -292,6 +292,7 @@ class ExpertMover:
             )
         if self._plans is None and plan is not None:
             self._plans, self._moved = (plan, plan), []
+            self._sites = Sites.of(plan, self._group)
         return self._settled(reason)
 
     # How a layer goes: begun, received, committed by this rank, decided for all, switched.
@@ -380,7 +381,7 @@ class ExpertMover:
                     except Exception as error:  # the caller's on_switch; the weights are new
                         reason += f"; and after that: {error}"
             self._transit.close()
-            lost = self._records.lost_ranks(self._grace_s)
+            lost = tuple(self._sites.ranks[one] for one in self._records.lost(self._grace_s))
         except RuntimeError as error:
             layers = tuple(cargo.task.layer for cargo in under_way)
             raise StoreLostError(f"{reason}; {error}", layers) from error
@@ -389,11 +390,12 @@ class ExpertMover:
             self._moving.clear()
             self._plans = None
             self._closed = True
-        return account(reason, old, new, sorted(self._moved), lost)
+        alive = [rank for rank in self._sites.ranks if rank not in lost]
+        return account(reason, old, new, sorted(self._moved), lost=lost, alive=alive)
 
     def _sign(self, layer: int, slot: int) -> None:
         """Leaves an expert's checksum for who receives it."""
-        self._records.sign(layer, self._first_slot + slot, self._weights.checksum(layer, slot))
+        self._records.sign(layer, self._sites.held[slot], self._weights.checksum(layer, slot))
 
     def _compare(self, cargo: Cargo, slot: int, source: int) -> None:
         """Compares what has come with its sender's checksum."""
@@ -401,7 +403,7 @@ class ExpertMover:
         signed, found = self._records.signed(layer, source), checksum(cargo.staged[slot].values())
         if found != signed:
             raise RuntimeError(
-                f"slot {self._first_slot + slot} of layer {layer} has come with checksum "
+                f"slot {self._sites.held[slot]} of layer {layer} has come with checksum "
                 f"{found:#010x}, but slot {source} was sent with {signed:#010x}"
             )
 
@@ -429,18 +431,17 @@ class ExpertMover:
                 got=repr(new),
                 expected=f"the layers, experts and slots of the plan in force, {old!r}",
             )
-        here = slots_of(new, self._rank) if new.topology.num_gpus == self._num_ranks else range(0)
-        got = (new.num_layers, len(here), new.topology.num_gpus)
-        wanted = (self._weights.num_layers, self._weights.num_slots, self._num_ranks)
+        sites = Sites.of(new, self._group)
+        got = (new.num_layers, sites.num_slots)
+        wanted = (self._weights.num_layers, self._weights.num_slots)
         if got != wanted:
-            text = "{} layers, {} slots on this of {} ranks"
             raise InvalidInputError(
                 code="wrong_shape",
                 argument="new",
-                got=text.format(*got),
-                expected=text.format(*wanted) + ", as the weights and the group have",
+                got="{} layers, {} slots on this rank".format(*got),
+                expected="{} layers, {} slots, as the weights have".format(*wanted),
             )
-        self._first_slot = here.start
+        self._sites = sites
 
 
 class _Moving:
@@ -452,22 +453,3 @@ class _Moving:
         self.cargo = cargo
         self.committed_at: float | None = None
         """When this rank had it all; `time.monotonic`."""
-
-
-def members(group: distributed.ProcessGroup | None) -> distributed.ProcessGroup:
-    """A group that this rank is in; by default all of torch.distributed's.
-
-    Raises:
-        InvalidInputError: ``missing_group``.
-    """
-    found: Any = group or distributed.group.WORLD
-    if not isinstance(found, distributed.ProcessGroup):
-        raise InvalidInputError(
-            code="missing_group",
-            argument="group",
-            got="none" if found is None else "a group without this rank",
-            expected="a group of torch.distributed that this rank is in",
-            hint="`torch.distributed.init_process_group` first",
-        )
-    member: distributed.ProcessGroup = found
-    return member

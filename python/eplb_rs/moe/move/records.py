@@ -105,7 +105,7 @@ class MoveRecords:
         """Says that this rank lives, and will not go on with this mover."""
         self._store.set(f"word/{self._rank}", "")
 
-    def lost_ranks(self, grace_s: float) -> tuple[int, ...]:
+    def lost(self, grace_s: float) -> tuple[int, ...]:
         """The ranks that leave no word for so long; the first to have waited decides for all."""
         words = [f"word/{rank}" for rank in range(self._num_ranks)]
         until = time.monotonic() + grace_s

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from eplb_rs.errors import InfeasibleError
-from eplb_rs.moe.weights import slots_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from eplb_rs.plan import Plan
+    from eplb_rs.moe.sites import Sites
     from eplb_rs.transfers import Transfers
 
 __all__ = ["Hop", "LayerTask", "layer_tasks", "most_arriving"]
@@ -26,7 +25,7 @@ class Hop(NamedTuple):
     slot: int
     """Of this rank, counted from its first."""
     peer: int
-    """The other rank."""
+    """The other process, as the group counts."""
 
 
 @dataclass(slots=True)
@@ -53,13 +52,14 @@ def most_arriving(transfers: Transfers) -> npt.NDArray[np.int64]:
     return most
 
 
-def layer_tasks(transfers: Transfers, new: Plan, rank: int, *, can_load: bool) -> list[LayerTask]:
-    """The tasks of one rank, for every layer that changes on any.
+def layer_tasks(transfers: Transfers, sites: Sites, *, can_load: bool) -> list[LayerTask]:
+    """The tasks of this rank, for every layer that changes on any.
 
     Raises:
         InfeasibleError: ``missing_expert`` for one that no rank holds and nobody can load.
     """
-    first = slots_of(new, rank).start
+    rank, first = sites.rank, sites.held.start
+    member = {one: number for number, one in enumerate(sites.ranks)}
     tasks: dict[int, LayerTask] = {}
     table = transfers.table.tolist()
     for layer, expert, source_slot, source, slot, target, number in table:
@@ -82,8 +82,8 @@ def layer_tasks(transfers: Transfers, new: Plan, rank: int, *, can_load: bool) -
             while len(task.rounds) <= number:
                 task.rounds.append([])
             if source == rank:
-                task.rounds[number].append(Hop("send", source_slot - first, target))
+                task.rounds[number].append(Hop("send", source_slot - first, member[target]))
             if target == rank:
-                task.rounds[number].append(Hop("receive", slot - first, source))
+                task.rounds[number].append(Hop("receive", slot - first, member[source]))
                 task.senders[slot - first] = source_slot
     return list(tasks.values())

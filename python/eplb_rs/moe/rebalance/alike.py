@@ -12,7 +12,8 @@ from eplb_rs.moe.layer import ExpertParallelMoE
 from eplb_rs.moe.rebalance.layers import RebalancedLayer
 from eplb_rs.moe.rebalance.side import Side, Vote, digest
 from eplb_rs.moe.rebalance.state import RebalancerState
-from eplb_rs.moe.weights import ExpertWeights, slots_of
+from eplb_rs.moe.sites import Sites
+from eplb_rs.moe.weights import ExpertWeights
 from eplb_rs.plan import Plan
 from eplb_rs.planner import Planner
 
@@ -100,14 +101,7 @@ def _check_types(
 
 
 def _check_sizes(side: Side, layers: Sequence[object], weights: ExpertWeights, plan: Plan) -> None:
-    if side.num_ranks != plan.topology.num_gpus:
-        raise InvalidInputError(
-            code="wrong_shape",
-            argument="group",
-            got=f"{side.num_ranks} ranks",
-            expected=f"{plan.topology.num_gpus} ranks, as the plan has",
-        )
-    slots = len(slots_of(plan, side.rank))
+    slots = Sites.of(plan, side.group).num_slots
     found = {
         "layers": (len(layers), slots),
         "weights": (weights.num_layers, weights.num_slots),

@@ -23,13 +23,13 @@ import torch
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.forecast import Forecaster
 from eplb_rs.moe.move import ExpertMover, MoveError
-from eplb_rs.moe.move.mover import members
 from eplb_rs.moe.rebalance.alike import check_alike, check_type
 from eplb_rs.moe.rebalance.metrics import RebalancerMetrics
 from eplb_rs.moe.rebalance.proposal import Job, Proposal, balance_of, predicted_balance, propose
 from eplb_rs.moe.rebalance.settings import RebalancerSettings
 from eplb_rs.moe.rebalance.side import HostCopy, Side, Vote
 from eplb_rs.moe.rebalance.state import RebalancerState
+from eplb_rs.moe.sites import members
 from eplb_rs.plan import Plan
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ class Rebalancer:
             plan or the settings, layers whose tensors are not those of the weights, a state of
             another placement, or ranks that were given different things; ``missing_group``.
 
-    Cost: on a pass where nothing is due, a few microseconds. A window's end copies
-    `8 L (E + R)` bytes from the device; each layer's new routing takes 0.1 to 1.5 ms.
+    Cost: on a pass where nothing is due, less than 1 us. For 58 layers of 256 experts the end of a
+    window takes 1 ms of each of two passes, and a layer's new routing 0.2 ms, with shares 0.6 ms.
     """
 
     def __init__(

@@ -104,6 +104,9 @@ class Side:
     Args:
         group: The ranks.
         limit: How long any wait may take.
+
+    Attributes:
+        group: The gloo group.
     """
 
     def __init__(self, group: distributed.ProcessGroup, limit: timedelta) -> None:
@@ -113,23 +116,18 @@ class Side:
             backend="gloo",
             use_local_synchronization=True,
         )
-        self._group: distributed.ProcessGroup = made
+        self.group: distributed.ProcessGroup = made
         self._limit = limit
         self._closed = False
 
     @property
     def rank(self) -> int:
         """This rank."""
-        return self._group.rank()
-
-    @property
-    def num_ranks(self) -> int:
-        """How many there are."""
-        return self._group.size()
+        return self.group.rank()
 
     def begin_sum(self, tensor: Tensor) -> Message:
         """Adds a tensor of the host up over all ranks, in place."""
-        work = distributed.all_reduce(tensor, group=self._group, async_op=True)
+        work = distributed.all_reduce(tensor, group=self.group, async_op=True)
         return Message(work, tensor, self._limit)
 
     def begin_vote(self, vote: Vote) -> Message:
@@ -139,7 +137,7 @@ class Side:
             low, high = vote.digest, -vote.digest
         cast = torch.tensor([vote.ready, vote.good, vote.worth, low, high], dtype=torch.int64)
         least = distributed.ReduceOp.MIN
-        work = distributed.all_reduce(cast, op=least, group=self._group, async_op=True)
+        work = distributed.all_reduce(cast, op=least, group=self.group, async_op=True)
         return Message(work, cast, self._limit)
 
     @staticmethod
@@ -154,14 +152,14 @@ class Side:
 
     def begin_broadcast(self, tensor: Tensor) -> Message:
         """Sends rank 0's tensor to all, in place."""
-        work = distributed.broadcast(tensor, group=self._group, group_src=0, async_op=True)
+        work = distributed.broadcast(tensor, group=self.group, group_src=0, async_op=True)
         return Message(work, tensor, self._limit)
 
     def close(self) -> None:
         """Closes the group: that wakes those who wait for this rank."""
         if not self._closed:
             self._closed = True
-            distributed.destroy_process_group(self._group)
+            distributed.destroy_process_group(self.group)
 
 
 def digest(*parts: bytes) -> int:
