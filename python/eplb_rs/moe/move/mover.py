@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpertMover", "MoveStats"]
 
+_TO_MEET = timedelta(minutes=1)
+"""How long ranks may take to make a group, at least: much longer than a transfer."""
+
 
 @dataclass(slots=True)
 class MoveStats:
@@ -86,8 +89,6 @@ class ExpertMover:
             group.
     """
 
-    _made = 0
-
     def __init__(
         self,
         weights: ExpertWeights,
@@ -98,7 +99,7 @@ class ExpertMover:
         max_bytes_in_flight: int = 1 << 28,
         max_extra_bytes: int | None = None,
         limit_s: float = 300.0,
-        grace_s: float = 1.5,
+        grace_s: float = 5.0,
         checksums: bool = False,
         on_switch: Callable[[int, Plan], None] | None = None,
     ) -> None:
@@ -124,16 +125,10 @@ class ExpertMover:
         self._grace_s = grace_s
         ranks = distributed.get_process_group_ranks(members(group))
         made: Any = distributed.new_group(
-            ranks, timeout=self._limit, use_local_synchronization=True
+            ranks, timeout=max(self._limit, _TO_MEET), use_local_synchronization=True
         )
         self._group: distributed.ProcessGroup = made
-        ExpertMover._made += 1
-        self._records = MoveRecords(
-            store or _get_default_store(),
-            f"eplb-mover/{'-'.join(map(str, ranks))}/{ExpertMover._made}",
-            made.rank(),
-            len(ranks),
-        )
+        self._records = MoveRecords(store or _get_default_store(), ranks, made.rank())
         self._weights = weights
         self._load = load
         self._extra = max_extra_bytes
@@ -193,24 +188,21 @@ class ExpertMover:
         """Takes up a move that :meth:`step` carries out.
 
         Raises:
-            InvalidInputError: ``wrong_type`` for what is no plan,
-                ``wrong_shape`` for plans or weights that do not fit each other,
-                ``in_use`` while another move is under way, ``closed`` after one has failed,
-                ``too_large`` if it needs more memory than ``max_extra_bytes``.
+            InvalidInputError: ``wrong_type`` for what is no plan, ``wrong_shape`` for plans or
+                weights that do not fit each other, ``in_use`` while another move is under way,
+                ``closed`` after one has failed, ``too_large`` if it needs more memory than
+                ``max_extra_bytes``.
             InfeasibleError: ``missing_expert`` if no rank holds an expert that is wanted and there
                 is no ``load``.
         """
-        if self.busy or self._closed:
+        self._refuse_if_closed("new")
+        if self.busy:
             raise InvalidInputError(
-                code="closed" if self._closed else "in_use",
+                code="in_use",
                 argument="new",
-                got="a plan after a move has failed"
-                if self._closed
-                else "a plan while another is moved to",
-                expected="for a mover that is not busy, and whose ranks all live",
-                hint="another mover, of the ranks that are left"
-                if self._closed
-                else "`while mover.step(): ...`",
+                got="a plan while another is moved to",
+                expected="given to a mover that is not busy",
+                hint="`while mover.step(): ...`",
             )
         self._records.begin()  # even for a plan that only this rank refuses: all count alike
         self._check(old, new)
@@ -280,13 +272,7 @@ class ExpertMover:
                 ``closed`` after a move has failed.
             StoreLostError: As :meth:`apply`.
         """
-        if self._closed:
-            raise InvalidInputError(
-                code="closed",
-                argument="reason",
-                got="another after a move has failed",
-                expected="the first failure of this mover",
-            )
+        self._refuse_if_closed("reason")
         if self._plans is None and plan is None:
             raise InvalidInputError(
                 code="missing_plan",
@@ -425,6 +411,16 @@ class ExpertMover:
             )
 
     # What fits
+
+    def _refuse_if_closed(self, argument: str) -> None:
+        if self._closed:
+            raise InvalidInputError(
+                code="closed",
+                argument=argument,
+                got="a call after a failure",
+                expected="for a mover whose ranks all live",
+                hint="another mover, of the ranks that are left",
+            )
 
     def _check(self, old: Plan, new: Plan) -> None:
         for argument, plan in (("old", old), ("new", new)):

@@ -104,7 +104,7 @@ class RebalancerSettings:
     plan_on: PlanOn = "all"
     background: bool = True
     mode: Mode = "step"
-    max_bytes_in_flight: int = 1 << 30
+    max_bytes_in_flight: int = 1 << 28
     max_extra_bytes: int | None = None
     checksums: bool = False
     limit_s: float = 300.0
