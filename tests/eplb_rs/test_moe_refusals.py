@@ -87,6 +87,7 @@ def layers_refuse(rank, size):
         "out_of_range: layer": code_of(lambda: made(layer=LAYERS)),
         "unknown: activation": code_of(lambda: made(activation="tanh")),
         "not_positive: capacity": code_of(lambda: made(capacity=0)),
+        "inconsistent: kernels without a GPU": code_of(lambda: made(fused=True)),
         "not_integer: rows": code_of(lambda: made(row_multiple=1.5)),
         "out_of_range: choices": code_of(lambda: TopKRouter(HIDDEN, EXPERTS, EXPERTS + 1)),
         "wrong_shape: width": code_of(passed(torch.zeros(4, HIDDEN + 1))),
