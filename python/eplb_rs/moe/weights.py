@@ -205,6 +205,12 @@ class ExpertWeights:
         """
         return checksum(self.slot(layer, slot).values())
 
+    def version(self, layer: int) -> int:
+        """A number that changes when a tensor of the layer is written to, as far as torch knows of
+        it: not through ``.data``, nor in inference mode."""
+        tensors = self._layers[layer].values()
+        return sum(one._version for one in tensors if not one.is_inference())
+
     def __repr__(self) -> str:
         return (
             f"<experts of {self.num_layers} layers in {self.num_slots} slots, "

@@ -233,22 +233,26 @@ class ExpertMover:
         self._moved = []
         self.stats = MoveStats()
 
-    def step(self) -> bool:
+    def step(self, *, whole: bool = False) -> bool:
         """Carries a move on, between two forward passes, at the same passes on all ranks: exactly
         one step between two collectives of theirs, or ranks wait for each other in a circle.
 
         Switches layers that all ranks had at the step before, begins transfers, looks what has
         come. Never waits for a transfer on a GPU; on a CPU, for those begun at the step before.
 
+        Args:
+            whole: Moves one layer from beginning to end within this step, and waits for it. In
+                training: an optimizer's step in between would leave behind what was sent before.
+
         Returns:
             Whether a move is still under way.
 
         Raises:
-            MoveError: A rank was lost, or a wait passed its limit.
+            MoveError: A rank was lost, a wait passed its limit, or weights changed on their way.
             StoreLostError: As :meth:`apply`.
         """
         if self.busy:
-            self._advance(block=False)
+            self._advance(block=whole, whole=whole)
         return self.busy
 
     def cancel(self) -> None:
@@ -297,18 +301,21 @@ class ExpertMover:
 
     # How a layer goes: begun, received, committed by this rank, decided for all, switched.
 
-    def _advance(self, *, block: bool) -> None:
+    def _advance(self, *, block: bool, whole: bool = False) -> None:
         begun = time.perf_counter()
         try:
             self._transit.begin_step()
             self._switch_decided(block=block)
-            while self._waiting and len(self._moving) < 2:
-                self._moving.append(_Moving(self._waiting.popleft()))
-                self._transit.take(self._moving[-1].cargo)
+            while self._waiting and len(self._moving) < (1 if whole else 2):
+                cargo = self._waiting.popleft()
+                self._moving.append(_Moving(cargo, self._weights.version(cargo.task.layer)))
+                self._transit.take(cargo)
             self._transit.advance(block=block)
             for moving in self._moving:
                 if moving.committed_at is None and moving.cargo.here:
                     self._commit(moving)
+            if whole:
+                self._switch_decided(block=True)
             self._records.tidy()
         except Exception as error:  # the caller's own load and on_switch may raise anything
             traceback.clear_frames(error.__traceback__)  # they hold works: see Transit.close
@@ -323,6 +330,7 @@ class ExpertMover:
     def _commit(self, moving: _Moving) -> None:
         """Checks what has come, and says that this rank has it."""
         cargo, task = moving.cargo, moving.cargo.task
+        self._refuse_if_changed(moving)
         for slot, source in task.senders.items() if self._checksums else ():
             self._compare(cargo, slot, source)
         self.stats.received += len(task.senders)
@@ -351,8 +359,17 @@ class ExpertMover:
                 return
             if not block and step > self._step:
                 return
+            self._refuse_if_changed(first)
             self._moving.popleft()
             self._switch(first.cargo)
+
+    def _refuse_if_changed(self, moving: _Moving) -> None:
+        layer = moving.cargo.task.layer
+        if self._weights.version(layer) != moving.version:
+            raise RuntimeError(
+                f"the weights of layer {layer} changed while they were moved, so that what has come "
+                f"is not what they are: in training, `step(whole=True)` or `apply`"
+            )
 
     def _switch(self, cargo: Cargo) -> None:
         """Puts what has come in place of what was there."""
@@ -447,9 +464,11 @@ class ExpertMover:
 class _Moving:
     """A layer under way, until it is switched."""
 
-    __slots__ = ("cargo", "committed_at")
+    __slots__ = ("cargo", "committed_at", "version")
 
-    def __init__(self, cargo: Cargo) -> None:
+    def __init__(self, cargo: Cargo, version: int) -> None:
         self.cargo = cargo
+        self.version = version
+        """Of the weights when this rank began to send them."""
         self.committed_at: float | None = None
         """When this rank had it all; `time.monotonic`."""

@@ -350,7 +350,7 @@ class Rebalancer:
         self._routing = self._routing_of(new)
         if self._settings.mode == "synchronous":
             self._mover.finish()
-        while self._mover.step():
+        while self._mover.step(whole=self._settings.mode == "layer"):
             yield
         self._in_force = [new] * new.num_layers
         self._plan = new

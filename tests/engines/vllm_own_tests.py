@@ -1,0 +1,109 @@
+"""Runs vLLM's own tests of its load balancer with eplb-rs in the place of its policy.
+
+    .venv-engines/bin/python tests/engines/vllm_own_tests.py VLLM_SOURCES [RESULTS.json]
+
+The sources are those of vLLM 0.33.0, kept outside of this project:
+
+    VLLM_VERSION_OVERRIDE=0.33.0 VLLM_TARGET_DEVICE=empty \
+        pip download --no-deps --no-binary vllm --no-build-isolation vllm==0.33.0
+
+vLLM's tests name `DefaultEplbPolicy`, not the registry, so that name is given to our policy before
+they are imported. Each file runs in a process of its own, for each of our policies; what each test
+came to is written down, with the reason where it did not run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FILES = (
+    "test_eplb_algo.py",
+    "test_eplb_utils.py",
+    "test_eplb_migration_scheduler.py",
+    "test_eplb_events.py",
+    "test_eplb_execute.py",
+    "test_eplb_spec_decode.py",
+    "test_eplb_quant_scale_consistency.py",
+    "test_eplb_fused_moe_layer.py",
+    "test_eplb_fused_moe_layer_dep_nvfp4.py",
+)
+POLICIES = ("deepseek", "balanced")
+
+
+class Outcomes:
+    """A pytest plug-in that puts the policy in place and writes down what tests come to."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, str] = {}
+
+    def pytest_configure(self) -> None:
+        from vllm.plugins import load_general_plugins
+
+        load_general_plugins()
+        from eplb_rs.integrations import vllm as plugin
+        from vllm.distributed.eplb import policy
+        from vllm.distributed.eplb.policy import default
+
+        assert plugin.is_installed()
+        default.DefaultEplbPolicy = policy.EPLB_POLICIES["default"]
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.found[report.nodeid] = f"not collected: {str(report.longrepr).splitlines()[-1]}"
+
+    def pytest_runtest_logreport(self, report) -> None:
+        name = report.nodeid.rpartition("/")[2]
+        if report.skipped:
+            self.found[name] = f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
+        elif report.failed:
+            self.found[name] = f"failed: {str(report.longrepr).strip().splitlines()[-1]}"
+        elif report.when == "call":
+            self.found[name] = "passed"
+
+
+def in_this_process(sources: str, file: str) -> None:
+    import pytest
+
+    outcomes = Outcomes()
+    os.chdir(sources)
+    sys.path.insert(0, sources)
+    path = f"tests/distributed/{file}"
+    pytest.main(["-q", "--noconftest", "-p", "no:cacheprovider", path], plugins=[outcomes])
+    sys.stdout.write("\noutcomes " + json.dumps(outcomes.found) + "\n")
+
+
+def main() -> None:
+    sources, *rest = sys.argv[1:]
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for policy in POLICIES:
+        for file in FILES:
+            done = subprocess.run(
+                [sys.executable, "-W", "ignore", __file__, "--file", sources, file],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=os.environ | {"EPLB_RS_POLICY": policy, "CUDA_VISIBLE_DEVICES": ""},
+            )
+            lines = [line for line in done.stdout.splitlines() if line.startswith("outcomes ")]
+            if not lines:
+                raise SystemExit(f"{file}: {done.stderr[-3000:]}")
+            outcomes = json.loads(lines[-1].removeprefix("outcomes "))
+            found.setdefault(policy, {})[file] = outcomes
+            counts = {
+                kind: sum(value.startswith(kind) for value in outcomes.values())
+                for kind in ("passed", "failed", "skipped", "not collected")
+            }
+            told = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
+            sys.stdout.write(f"{policy:<9} {file:<42} {told}\n")
+            sys.stdout.flush()
+    if rest:
+        Path(rest[0]).write_text(json.dumps({"vllm": "0.33.0", "outcomes": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--file"]:
+        in_this_process(*sys.argv[2:])
+    else:
+        main()
