@@ -138,6 +138,10 @@ bench: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time everythi
 	@$(STEP) 'tables of the schedule page' $(BIN)/python benches/schedule_tables.py
 	@$(STEP) 'figures in README.md' $(BIN)/python benches/readme_figures.py
 
+.PHONY: bench-gpu
+bench-gpu: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time an expert-parallel layer and its moves; needs two GPUs
+	@$(STEP) 'experts on two GPUs' $(BIN)/python benches/moe_layer.py
+
 .PHONY: wheel
 wheel: tools dist/.built ## Build the release wheel in dist/
 

@@ -360,7 +360,11 @@ class ExpertMover:
     def _switch(self, cargo: Cargo) -> None:
         """Puts what has come in place of what was there."""
         layer = cargo.task.layer
+        # Layers may be parts of one tensor: what is written here is no change to the others.
+        others = [(one, self._weights.version(one.cargo.task.layer)) for one in self._moving]
         self._transit.unload(cargo)
+        for moving, before in others:
+            moving.version += self._weights.version(moving.cargo.task.layer) - before
         self.stats.layers += 1
         self.stats.copied += len(cargo.task.copies)
         self._moved.append(layer)
