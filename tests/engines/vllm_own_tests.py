@@ -15,9 +15,11 @@ down, with the reason where it did not pass.
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 FILES = (
@@ -103,7 +105,9 @@ def main() -> None:
             sys.stdout.write(f"{name:<11} {file:<42} {told}\n")
             sys.stdout.flush()
     if rest:
-        Path(rest[0]).write_text(json.dumps({"vllm": "0.33.0", "outcomes": found}, indent=1) + "\n")
+        ran = {name: version(name) for name in ("vllm", "torch", "eplb-rs")}
+        record = ran | {"python": platform.python_version(), "outcomes": found}
+        Path(rest[0]).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
