@@ -8,14 +8,18 @@ The sources are those of vLLM 0.33.0, kept outside of this project:
         pip download --no-deps --no-binary vllm --no-build-isolation vllm==0.33.0
 
 vLLM's tests name `DefaultEplbPolicy`, not the registry, so that name is given to our policy before
-they are imported. Each file runs in a process of its own, for each of our policies; what each test
-came to is written down, with the reason where it did not run.
+they are imported. They run once for each of our policies, and once with vLLM's own, to tell what
+has to do with the policy from what needs a GPU or another package. What each test came to is written
+down, with the reason where it did not pass.
 """
 
 import json
 import os
+import platform
 import subprocess
 import sys
+from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 FILES = (
@@ -29,7 +33,7 @@ FILES = (
     "test_eplb_fused_moe_layer.py",
     "test_eplb_fused_moe_layer_dep_nvfp4.py",
 )
-POLICIES = ("deepseek", "balanced")
+POLICIES = {"vLLM's own": "", "deepseek": "deepseek", "balanced": "balanced"}
 
 
 class Outcomes:
@@ -42,6 +46,8 @@ class Outcomes:
         from vllm.plugins import load_general_plugins
 
         load_general_plugins()
+        if not os.environ["EPLB_RS_POLICY"]:
+            return
         from eplb_rs.integrations import vllm as plugin
         from vllm.distributed.eplb import policy
         from vllm.distributed.eplb.policy import default
@@ -51,7 +57,8 @@ class Outcomes:
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:
-            self.found[report.nodeid] = f"not collected: {str(report.longrepr).splitlines()[-1]}"
+            name = report.nodeid.rpartition("/")[2]
+            self.found[name] = f"not collected: {str(report.longrepr).splitlines()[-1]}"
 
     def pytest_runtest_logreport(self, report) -> None:
         name = report.nodeid.rpartition("/")[2]
@@ -63,47 +70,48 @@ class Outcomes:
             self.found[name] = "passed"
 
 
-def in_this_process(sources: str, file: str) -> None:
+def in_this_process(sources: str) -> None:
     import pytest
 
     outcomes = Outcomes()
     os.chdir(sources)
     sys.path.insert(0, sources)
-    path = f"tests/distributed/{file}"
-    pytest.main(["-q", "--noconftest", "-p", "no:cacheprovider", path], plugins=[outcomes])
+    options = ["-q", "--noconftest", "--tb=short", "-p", "no:cacheprovider"]
+    options += ["--continue-on-collection-errors"]
+    paths = [f"tests/distributed/{file}" for file in FILES]
+    pytest.main([*options, *paths], plugins=[outcomes])
     sys.stdout.write("\noutcomes " + json.dumps(outcomes.found) + "\n")
 
 
 def main() -> None:
     sources, *rest = sys.argv[1:]
-    found: dict[str, dict[str, dict[str, str]]] = {}
-    for policy in POLICIES:
+    found: dict[str, dict[str, str]] = {}
+    for name, policy in POLICIES.items():
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, "--here", sources],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"EPLB_RS_POLICY": policy, "CUDA_VISIBLE_DEVICES": ""},
+        )
+        lines = [line for line in done.stdout.splitlines() if line.startswith("outcomes ")]
+        if not lines:
+            raise SystemExit(done.stderr[-3000:])
+        found[name] = json.loads(lines[-1].removeprefix("outcomes "))
         for file in FILES:
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", __file__, "--file", sources, file],
-                capture_output=True,
-                text=True,
-                check=False,
-                env=os.environ | {"EPLB_RS_POLICY": policy, "CUDA_VISIBLE_DEVICES": ""},
-            )
-            lines = [line for line in done.stdout.splitlines() if line.startswith("outcomes ")]
-            if not lines:
-                raise SystemExit(f"{file}: {done.stderr[-3000:]}")
-            outcomes = json.loads(lines[-1].removeprefix("outcomes "))
-            found.setdefault(policy, {})[file] = outcomes
-            counts = {
-                kind: sum(value.startswith(kind) for value in outcomes.values())
-                for kind in ("passed", "failed", "skipped", "not collected")
-            }
-            told = ", ".join(f"{number} {kind}" for kind, number in counts.items() if number)
-            sys.stdout.write(f"{policy:<9} {file:<42} {told}\n")
+            outcomes = [told for test, told in found[name].items() if test.startswith(file)]
+            counts = Counter(told.partition(":")[0] for told in outcomes)
+            told = ", ".join(f"{number} {kind}" for kind, number in sorted(counts.items()))
+            sys.stdout.write(f"{name:<11} {file:<42} {told}\n")
             sys.stdout.flush()
     if rest:
-        Path(rest[0]).write_text(json.dumps({"vllm": "0.33.0", "outcomes": found}, indent=1) + "\n")
+        ran = {name: version(name) for name in ("vllm", "torch", "eplb-rs")}
+        record = ran | {"python": platform.python_version(), "outcomes": found}
+        Path(rest[0]).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--file"]:
+    if sys.argv[1:2] == ["--here"]:
         in_this_process(*sys.argv[2:])
     else:
         main()

@@ -141,7 +141,8 @@ def _heaviest(plan: Plan, log2phy: npt.NDArray[np.int64]) -> npt.NDArray[np.floa
     load = np.zeros((plan.num_layers, plan.topology.num_gpus))
     rank = log2phy[listed] // (plan.topology.num_slots // plan.topology.num_gpus)
     np.add.at(load, (layer, rank), share[layer, expert])
-    return load.max(axis=1)
+    heaviest: npt.NDArray[np.float64] = load.max(axis=1)
+    return heaviest
 
 
 def _in_force() -> Any:
