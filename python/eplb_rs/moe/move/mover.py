@@ -195,7 +195,7 @@ class ExpertMover:
             InfeasibleError: ``missing_expert`` if no rank holds an expert that is wanted and there
                 is no ``load``.
         """
-        self._refuse_if_closed("new")
+        self._check_open("new")
         if self.busy:
             raise InvalidInputError(
                 code="in_use",
@@ -272,7 +272,7 @@ class ExpertMover:
                 ``closed`` after a move has failed.
             StoreLostError: As :meth:`apply`.
         """
-        self._refuse_if_closed("reason")
+        self._check_open("reason")
         if self._plans is None and plan is None:
             raise InvalidInputError(
                 code="missing_plan",
@@ -416,7 +416,7 @@ class ExpertMover:
 
     # What fits
 
-    def _refuse_if_closed(self, argument: str) -> None:
+    def _check_open(self, argument: str) -> None:
         if self._closed:
             raise InvalidInputError(
                 code="closed",
