@@ -25,6 +25,7 @@ from dualpipe.executor.microbatches import merge, signature
 from dualpipe.executor.pair import Streams, has_hook
 from dualpipe.executor.places import device_of, group_ranks, held_stages
 from dualpipe.executor.plan import Batch, Plan, find_boundaries
+from dualpipe.executor.products import wants_autograd
 from dualpipe.executor.report import StepReport
 from dualpipe.executor.seeds import unseeded
 from dualpipe.executor.stage import Settings
@@ -90,6 +91,9 @@ class PipelineExecutor:
             (:func:`~dualpipe.executor.seed_of`), so that dropout does not depend on the schedule.
         graphs: On GPUs, run stages as CUDA graphs: always, never, or with ``"auto"`` where their
             launches are the limit; see :class:`~dualpipe.executor.graphs.Graphs`.
+        fuse_accumulation: Let the product that computes a weight's gradient add it to ``.grad`` as
+            well, which rounds once instead of twice; see :mod:`~dualpipe.executor.products`. By
+            default on GPUs; on CPUs gradients are bit for bit those of autograd.
         measure: Measure every step, for :meth:`report`; the attribute may be set between steps.
 
     Raises:
@@ -114,6 +118,7 @@ class PipelineExecutor:
         store: Store | None = None,
         seed: int | None = None,
         graphs: bool | str = "auto",
+        fuse_accumulation: bool | None = None,
         measure: bool = False,
     ) -> None:
         self.group = given_group(group)
@@ -130,6 +135,10 @@ class PipelineExecutor:
         }
         token = self._settle(stages, ranks, gradients, graphs, kinds)
         self.device = device or device_of(stage.module for stage in self.stages.values())
+        if fuse_accumulation is None:
+            fuse_accumulation = self.device.type == "cuda"
+        for stage in self.stages.values():
+            stage.gradient.products = fuse_accumulation and not wants_autograd(stage.module)
         self.transport = make_transport(transport, self.group, self.device, limit_s)
         self._copies = self._make_copies(limit_s) if reduce_copies else None
         self._compared = False

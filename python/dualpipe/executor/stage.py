@@ -265,7 +265,8 @@ class Stage:
                     got=f"a loss of {_kind_of(loss)}",
                     expected="a function that returns a tensor with one element",
                 )
-            self.losses[m] = loss
+            # Without its graph, which is kept no longer than the micro-batch is in flight.
+            self.losses[m] = loss.detach()
         if settings.return_outputs:
             self.results[m] = _apart(outputs, flight.inputs)
         if settings.training:
