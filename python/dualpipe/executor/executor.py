@@ -5,8 +5,6 @@ Letters: P ranks, S stages, C copies of every stage, M micro-batches of all copi
 
 from __future__ import annotations
 
-import contextlib
-import time
 import uuid
 from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
@@ -17,14 +15,13 @@ from dualpipe.executor.agreement import Agreement
 from dualpipe.executor.copies import Copies
 from dualpipe.executor.graphs import Graphs
 from dualpipe.executor.groups import given_group
-from dualpipe.executor.pair import Streams, has_hook
 from dualpipe.executor.places import Places
-from dualpipe.executor.planner import Planner, Request
+from dualpipe.executor.planner import Draft, Planner, Request
 from dualpipe.executor.report import StepReport
 from dualpipe.executor.result import StepResult, result_of
+from dualpipe.executor.runner import Runner
 from dualpipe.executor.seeds import unseeded
 from dualpipe.executor.stage import Settings
-from dualpipe.executor.stream import Stream
 from dualpipe.executor.timeline import Recorder
 from dualpipe.executor.transport import make_transport
 from dualpipe.executor.watch import Doing, Watch, find_store
@@ -37,7 +34,6 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.distributed_c10d import Store
 
-    from dualpipe.executor.plan import Plan
     from dualpipe.executor.transport.base import TensorSpec, Transport
     from dualpipe.schedule import Costs, Schedule
 
@@ -112,6 +108,7 @@ class PipelineExecutor:
             "store": store is not None,
         }
         token = self._settle(stages, ranks, gradients, graphs, kinds)
+        self._agreement.root = self._places.group_ranks[schedule.num_ranks // 2]
         self.rank = self._places.rank
         self.stages = self._places.stages
         self.device = device or self._places.device
@@ -124,15 +121,20 @@ class PipelineExecutor:
         self._planner = Planner(
             schedule, self._places, self._agreement, self._copies, batch_dim, self.device
         )
-        self._streams = Streams(self.device)
-        self._prepared: Plan | None = None
-        self._running: Stream | None = None
         self._broken: BaseException | None = None
         self._closed = False
-        self._watch = Watch(store, token, self.rank, schedule.num_ranks, limit_s, self._doing)
         self._recorder = Recorder(self.device, measure=measure)
         self.graphs = Graphs(self.stages, self.device, graphs)
         """The stages' CUDA graphs."""
+        self._runner = Runner(
+            self._places,
+            self.transport,
+            self._copies,
+            self.graphs,
+            self._recorder,
+            self.device,
+        )
+        self._watch = Watch(store, token, self.rank, schedule.num_ranks, limit_s, self._doing)
         self._measured: tuple[Schedule, list[Any]] | None = None
         self.num_steps = 0
         """Steps that were started."""
@@ -182,45 +184,49 @@ class PipelineExecutor:
                 hint="close it and make a new one",
             ) from self._broken
         training = torch.is_grad_enabled()
-        schedule = self.schedule if schedule is None else schedule
-        reducing = training and not accumulate and self._copies is not None
+        request = Request(
+            schedule=self.schedule if schedule is None else schedule,
+            training=training,
+            reducing=training and not accumulate and self._copies is not None,
+            boundaries=self.boundaries,
+            criterion=criterion,
+            inputs=inputs,
+            labels=labels,
+            kwargs=kwargs or {},
+            alike={
+                "gradients": "mean" if self._mean else "sum",
+                "measure": self.measure,
+                "seed": self.seed,
+            },
+        )
         agreed = False
         try:
-            plan, batch = self._planner.agree(
-                Request(
-                    schedule=schedule,
-                    training=training,
-                    reducing=reducing,
-                    boundaries=self.boundaries,
-                    criterion=criterion,
-                    inputs=inputs,
-                    labels=labels,
-                    kwargs=kwargs or {},
-                    alike={
-                        "gradients": "mean" if self._mean else "sum",
-                        "measure": self.measure,
-                        "seed": self.seed,
-                    },
-                )
-            )
-            if reducing and not self._compared:
-                self._compare_copies()
-            agreed = True
-            settings = Settings(
-                training=training,
-                criterion=criterion,
-                loss_scale=1 / schedule.num_micro_batches if self._mean else 1.0,
-                return_outputs=return_outputs,
-                seed=None if self.seed is None else (self.seed, self.num_steps),
-            )
-            self.num_steps += 1
-            for (_, copy), stage in self.stages.items():
-                first_micro_batch = sum(schedule.micro_batches[:copy])
-                stage.begin(settings, plan.flights(stage, batch), first_micro_batch)
             with unseeded(self.seed is not None, self.device):
-                self._run(plan, self._stream(plan, training, reducing), settings)
+                draft = self._planner.draft(request)
+                settings = Settings(
+                    training=training,
+                    criterion=criterion,
+                    loss_scale=1 / request.schedule.num_micro_batches if self._mean else 1.0,
+                    return_outputs=return_outputs,
+                    seed=None if self.seed is None else (self.seed, self.num_steps),
+                )
+                fault = self._lead(draft, settings)
+                plan, batch = self._planner.agree(draft)
+                if request.reducing and not self._compared:
+                    self._compare_copies()
+                agreed = True
+                self.num_steps += 1
+                if plan is not draft.plan or self._runner.stream is None:
+                    self._runner.undo()
+                    self._runner.start(plan, batch, settings, reducing=request.reducing)
+                elif fault is not None:
+                    raise fault
+                self._runner.run(plan, settings)
             result = result_of(self.stages.values(), batch, settings, self._batch_dim)
-            self._await_end(plan)
+            self._runner.wait(self._poll)
+            if self.measure:
+                own = self._recorder.spans(), self._notes()
+                self._measured = plan.schedule, self._planner.exchange(own)
             return result
         except PeerLostError as error:
             raise self._break_off(error) from error
@@ -228,11 +234,28 @@ class PipelineExecutor:
             # What is refused before anything is sent is refused by every rank.
             if agreed or not isinstance(error, (PipelineError, ScheduleError)):
                 self._break_off(error)
+            else:
+                self._runner.undo()
             raise
         finally:
-            self._running = None
-            for stage in self.stages.values():
-                stage.reset()
+            self._runner.end()
+
+    def _lead(self, draft: Draft, settings: Settings) -> Exception | None:
+        """Starts a step that the ranks have not agreed on yet; what was raised, to be kept until
+        they have, since the others wait for this one."""
+        if draft.plan is None or draft.batch is None or not self._runner.leads(draft.plan):
+            return None
+        try:
+            reducing = draft.request.reducing
+            self._runner.start(draft.plan, draft.batch, settings, reducing=reducing)
+            self._runner.lead(settings)
+        except Exception as error:
+            return error
+        return None
+
+    def _poll(self) -> None:
+        self.transport.poll()
+        self._watch.poll()
 
     @property
     def measure(self) -> bool:
@@ -302,7 +325,7 @@ class PipelineExecutor:
 
     def _doing(self) -> Doing:
         """What this rank is at."""
-        stream, peer = self._running, self.transport.waiting_for
+        stream, peer = self._runner.stream, self.transport.waiting_for
         if stream is None:
             return Doing(None)
         rank = None if peer is None else self._places.group_ranks.index(peer)
@@ -370,47 +393,6 @@ class PipelineExecutor:
         self._agreement.exchange({}, own)
         self._compared = True
 
-    def _stream(self, plan: Plan, training: bool, reducing: bool) -> Stream:
-        stream = plan.streams.get(reducing)
-        if stream is None:
-            for stage in self.stages.values():
-                others = self.stages.values()
-                stage.keeps_outputs = any(has_hook(other, stage) for other in others)
-            stream = plan.streams[reducing] = Stream(
-                plan.schedule.instructions(self.rank),
-                self.stages,
-                self._places.peers,
-                self._recorder.transport(self.transport),
-                self._copies if reducing else None,
-                self._streams,
-            )
-            stream.actions = self._recorder.actions(stream.instructions, stream.actions)
-        if plan is not self._prepared:
-            self._prepared = None
-            self.transport.prepare(stream.envelopes(training=training))
-            self._prepared = plan
-        return stream
-
-    def _run(self, plan: Plan, stream: Stream, settings: Settings) -> None:
-        self._running = stream
-        with _on(self.device):
-            self.graphs.begin(plan, stream.instructions, settings)
-            self._recorder.begin()
-            stream.run()
-
-    def _await_end(self, plan: Plan) -> None:
-        if self.device.type == "cuda":
-            # Not synchronize: what is lost while the streams run must be found.
-            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            end.record(torch.cuda.current_stream(self.device))
-            while not end.query():  # type: ignore[no-untyped-call]
-                self.transport.poll()
-                self._watch.poll()
-                time.sleep(5e-5)
-        if self.measure:
-            own = self._recorder.spans(), self._notes()
-            self._measured = plan.schedule, self._planner.exchange(own)
-
     def _notes(self) -> list[str]:
         """What did not run as it could on this rank, and why."""
         notes = [
@@ -422,10 +404,6 @@ class PipelineExecutor:
             f"rank {self.rank}, stage {index}: no CUDA graphs: {why}"
             for (index, _), why in self.graphs.why.items()
         ]
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _one_of(argument: str, value: Any, known: tuple[Any, ...]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dualpipe.executor.places import Places
     from dualpipe.schedule import Schedule
 
-__all__ = ["Planner", "Request"]
+__all__ = ["Draft", "Planner", "Request"]
 
 _MAX_PLANS = 64
 """Plans are kept for so many combinations of shapes."""
@@ -45,6 +45,18 @@ class Request:
     kwargs: Mapping[Any, Any]
     alike: Mapping[str, Any]
     """What else must be the same on all ranks, and changes no plan."""
+
+
+class Draft(NamedTuple):
+    """What a rank would do, before it knows whether the others agree."""
+
+    request: Request
+    key: tuple[Any, ...]
+    """What the plan follows from, apart from the ranks' shapes."""
+    batch: Batch | None
+    """None where it was refused."""
+    plan: Plan | None
+    """What will be agreed on, if no rank has anything new to say; None where this one has."""
 
 
 class Planner:
@@ -77,20 +89,16 @@ class Planner:
         self._plans: dict[Any, Plan] = {}
         self._digests: dict[int, tuple[Schedule, str]] = {}
 
-    def agree(self, request: Request) -> tuple[Plan, Batch]:
-        """The plan that all ranks have agreed on, and this rank's micro-batches.
-
-        Raises:
-            PipelineError: On every rank, where one cannot do what it was asked.
-            MismatchError: Ranks were asked for different things.
-        """
+    def draft(self, request: Request) -> Draft:
+        """Looks at what this rank was asked for, and tells the others; :meth:`agree` must follow."""
+        schedule = request.schedule
         batch = None
         own: Any
         try:
             self._check(request)
             batch = Batch(
                 self._places.stages,
-                request.schedule.micro_batches,
+                schedule.micro_batches,
                 self._batch_dim,
                 inputs=request.inputs,
                 labels=request.labels,
@@ -102,21 +110,34 @@ class Planner:
         except PipelineError as error:
             own = error
         equal = {
-            "num_micro_batches": request.schedule.num_micro_batches,
-            "schedule": self._digest(request.schedule),
+            "num_micro_batches": schedule.num_micro_batches,
+            "schedule": self._digest(schedule),
             "training": request.training,
             "boundaries": repr(request.boundaries),
             "reducing": request.reducing,
             "autocast": _autocast(self._device),
         }
-        every = self._agreement.exchange({**equal, **request.alike}, own)
+        key = tuple(equal.values())
+        every = self._agreement.start({**equal, **request.alike}, own)
+        plan = None if every is None else self._plans.get((*key, *every))
+        return Draft(request, key, batch, plan)
+
+    def agree(self, draft: Draft) -> tuple[Plan, Batch]:
+        """The plan that all ranks have agreed on, and this rank's micro-batches.
+
+        Raises:
+            PipelineError: On every rank, where one cannot do what it was asked.
+            MismatchError: Ranks were asked for different things.
+        """
+        every = self._agreement.finish()
+        batch = draft.batch
         assert batch is not None
-        key = (*equal.values(), *every)
+        key = (*draft.key, *every)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= _MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
-            plan = self._plans[key] = self._make(request, batch)
+            plan = self._plans[key] = self._make(draft.request, batch)
         return plan, batch
 
     def exchange(self, own: Any) -> list[Any]:
