@@ -94,10 +94,10 @@ def waiting(limit_s: float, peer: int | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         if isinstance(error, PipelineError):
             raise
-        text = str(error).partition("\n")[0]
+        text = str(error).partition("\n")[0] or "timed out"
         late = "timed out" in text.lower() or "timeout" in text.lower()
         raise PeerLostError(
             code="limit" if late else "closed",

@@ -3,22 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from dualpipe.errors import PipelineError
 from dualpipe.executor.graphs import GraphedStage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from torch import nn
 
     from dualpipe.executor.stage import Stage
     from dualpipe.schedule import Schedule
 
-__all__ = ["device_of", "group_ranks", "held_stages"]
+__all__ = ["Places", "group_ranks", "held_stages"]
+
+
+class Places:
+    """Who holds what, seen from one rank.
+
+    Args:
+        given: This rank's modules, as :func:`held_stages` takes them.
+        schedule: Says where stages live.
+        group: The ranks.
+        ranks: The pipeline rank of each of them; None where they are the same.
+
+    Raises:
+        PipelineError: ``group_size``, ``ranks``, ``stages``.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[Any, nn.Module] | Sequence[nn.Module],
+        schedule: Schedule,
+        group: dist.ProcessGroup,
+        ranks: Sequence[int] | None,
+    ) -> None:
+        self.group_ranks = group_ranks(ranks, schedule.num_ranks, group.size())
+        """The group's rank of every pipeline rank, `[P]`."""
+        self.rank = self.group_ranks.index(group.rank())
+        """This one's pipeline rank."""
+        self.stages = held_stages(given, schedule, self.rank)
+        """Its stages, by stage and copy."""
+        self._placement: list[list[int]] = schedule.placement.tolist()
+        self._group = group
+
+    @cached_property
+    def has_last(self) -> bool:
+        """Whether the last stage is here."""
+        return any(stage.is_last for stage in self.stages.values())
+
+    @cached_property
+    def peers(self) -> dict[tuple[int, int], int]:
+        """The group's rank that holds each stage and copy."""
+        return {
+            (stage, copy): self.group_ranks[rank]
+            for copy, row in enumerate(self._placement)
+            for stage, rank in enumerate(row)
+        }
+
+    @cached_property
+    def holders(self) -> dict[int, tuple[int, ...]]:
+        """The ranks, of the default group, that hold the copies of each stage of this rank."""
+        ranks = dist.get_process_group_ranks(self._group)
+        copies = range(len(self._placement))
+        return {
+            index: tuple(ranks[self.peers[index, copy]] for copy in copies)
+            for index, _ in self.stages
+        }
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the first parameter of the stages lives; the CPU where there is none."""
+        for stage in self.stages.values():
+            for parameter in stage.module.parameters():
+                return parameter.device
+        return torch.device("cpu")
 
 
 def group_ranks(ranks: Sequence[int] | None, num_ranks: int, group_size: int) -> list[int]:
@@ -89,11 +153,3 @@ def held_stages(
         stage.previous = stages.get((index - 1, copy))
         stage.next = stages.get((index + 1, copy))
     return stages
-
-
-def device_of(modules: Iterable[nn.Module]) -> torch.device:
-    """Where the first parameter of modules lives; the CPU where there is none."""
-    for module in modules:
-        for parameter in module.parameters():
-            return parameter.device
-    return torch.device("cpu")

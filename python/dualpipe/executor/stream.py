@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -76,12 +77,28 @@ class Stream:
         self.instructions: list[Instruction] = []
         self.actions: list[Action] = []
         self._prepare(copies)
+        self._next = 0
+        lead = itertools.takewhile(lambda i: i.kind == Kind.F, self.instructions)
+        self._num_lead = sum(1 for _ in lead)
+
+    def run_lead(self) -> None:
+        """Runs the forwards before the first transfer. :meth:`run` goes on behind them."""
+        self._run(0, self._num_lead)
+        self._next = self._num_lead
 
     def run(self) -> None:
         """Runs all instructions."""
-        for at, action in enumerate(self.actions):
+        self._run(self._next, len(self.actions))
+        self._next = 0
+
+    def reset(self) -> None:
+        """Starts anew, wherever it broke off."""
+        self.at = self._next = 0
+
+    def _run(self, start: int, stop: int) -> None:
+        for at in range(start, stop):
             self.at = at
-            action()
+            self.actions[at]()
 
     def _prepare(self, copies: Copies | None) -> None:
         early: Instruction | None = None
