@@ -125,7 +125,10 @@ class PipelineExecutor:
         self._copies: Copies | None = None
         if reduce_copies and schedule.num_copies > 1:
             modules = {stage.index: stage.module for stage in self.stages.values()}
-            self._copies = Copies(modules, self._places.holders, limit_s)
+            mirrors = self._places.mirrors
+            sums = self.transport.pair_sums(sorted(set(mirrors.values())))
+            pairs = {stage: sums[peer] for stage, peer in mirrors.items() if peer in sums}
+            self._copies = Copies(modules, self._places.holders, limit_s, pairs)
         self._compared = False
         self._planner = Planner(
             schedule, self._places, self._agreement, self._copies, batch_dim, self.device

@@ -87,7 +87,7 @@ def product_at(
             return None
     if not isinstance(leaf, _ACCUMULATE):
         return None
-    weight: torch.Tensor = leaf.variable  # type: ignore[attr-defined]
+    weight: torch.Tensor = leaf.variable
     saved = getattr(node, f"_raw_saved_{left}")
     # What hooks hold (a checkpoint's recomputation) they may give out only once, to the node. Where
     # PyTorch does not say whether there are any, there may be.
