@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformer import Case, loss_of, make_batch, make_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["CONTENDERS", "make_contender"]
 
@@ -188,11 +191,18 @@ def _stored_linear() -> type[nn.Linear]:
     return StoredLinear
 
 
-CONTENDERS: dict[str, tuple[type, str]] = {
+def unfused(case: Case, device: torch.device, method: str, **options: Any) -> Ours:
+    """This executor with weight gradients computed, and then added, as autograd does it."""
+    return Ours(case, device, method, fuse_accumulation=False, **options)
+
+
+CONTENDERS: dict[str, tuple[Callable[..., Any], str]] = {
     "DualPipe": (Ours, "dualpipe"),
     "DualPipeV": (Ours, "dualpipev"),
     "ZBV": (Ours, "zbv"),
     "1F1B": (Ours, "1f1b"),
+    "DualPipe, gradients added by autograd": (unfused, "dualpipe"),
+    "DualPipeV, gradients added by autograd": (unfused, "dualpipev"),
     "DeepSeek DualPipe": (DeepSeek, "DualPipe"),
     "DeepSeek DualPipeV": (DeepSeek, "DualPipeV"),
     "torch 1F1B": (Torch, "Schedule1F1B"),

@@ -8,7 +8,8 @@ mean squared error in float32, gradients accumulate, no optimizer.
 
 Every contender runs in a pair of processes of its own, one a GPU. The *ideal* is one rank's share
 of the work without a pipeline: its share of the layers, all micro-batches one after the other,
-forward and backward, and the loss of every second one. With short sequences there is a
+forward and backward, and the loss of every second one. (It computes the gradients of all inputs, which a
+pipeline's first stage does not: .6 % of DualPipe's work here.) With short sequences there is a
 *launch-free* ideal too: the layers' forward and backward replayed as a CUDA graph. A GPU that has
 just started is faster, so contender and ideal alternate after a warm-up, and the ratio is the
 median of the pairs. A time is that of the slower rank, from a common start to the end of its
@@ -36,9 +37,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from contenders import CONTENDERS, make_contender
+from memory import terms_of
 from transformer import Case, loss_of, make_batch, make_layers
 
 if TYPE_CHECKING:
@@ -204,28 +207,8 @@ def own_figures(rank: Rank, contender: Any, case: Case) -> dict[str, Any]:
         idle.append((1 - report.busy_us / 1e3 / whole).tolist())
         spans.append(whole - report.makespan_us / 1e3)
     executor.measure = False
-    peaks = contender.schedule.verify().peaks
-    stage = next(iter(executor.stages.values())).module
-    parameters = sum(p.nbytes for s in executor.stages.values() for p in s.module.parameters())
-    sample = torch.randn(
-        1, case.sequence, case.hidden, dtype=case.dtype, device=rank.device, requires_grad=True
-    )
-    activation = 0
-    if rank.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        held = stage(sample)
-        activation = torch.cuda.memory_allocated() - before
-        del held
-    own = {
-        "parameters": parameters / GIB,
-        "gradients": parameters / GIB,
-        "activations of a micro-batch on a stage": activation / GIB,
-        "held at most": int(peaks.activations[rank.rank]),
-        "of these between I and W": int(peaks.kept[rank.rank]),
-        "inputs and targets": contender.num_bytes / GIB,
-        "transfer buffers": getattr(executor.transport, "num_bytes", 0) / GIB,
-        "graphs": executor.graphs.num_bytes / GIB,
-    }
+    on_gpu = rank.device.type == "cuda"
+    own = terms_of(contender, rank.rank, case, rank.device) if on_gpu else {}
     return {
         "idle": [round(statistics.median(values), 5) for values in zip(*idle, strict=True)],
         "outside computations ms": round(statistics.median(spans), 3),
@@ -243,26 +226,38 @@ def reduction(rank: Rank, case: Case, rounds: int) -> dict[str, Any]:
     for made in (contender, other):
         for _ in range(WARM_UP):
             cleared(made)()
+    stages = [stage for stage, _ in other.executor.stages]
     grads = [p.grad for s in other.executor.stages.values() for p in s.module.parameters()]
+    same = [grad.double().sum().item() for grad in grads]
+    copies = other.executor._copies
 
-    def alone() -> None:
+    def nccl() -> None:
         for grad in grads:
             dist.all_reduce(grad)
 
-    alone()
-    plain, reduced, sums = [], [], []
+    def alone() -> None:
+        for stage in sorted(stages, reverse=True):
+            copies.start(stage)
+        copies.finish()
+
+    works = {"plain": cleared(contender), "reduced": cleared(other), "alone": alone, "nccl": nccl}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    nccl()
     for _ in range(rounds):
-        plain.append(rank.timed(cleared(contender)))
-        reduced.append(rank.timed(cleared(other)))
-        sums.append(rank.timed(alone))
-    added = statistics.median(b - a for a, b in zip(plain, reduced, strict=True))
-    whole = statistics.median(sums)
+        for name, work in works.items():
+            times[name].append(rank.timed(work))
+    pairs = zip(times["plain"], times["reduced"], strict=True)
+    added = statistics.median(b - a for a, b in pairs)
+    whole = statistics.median(times["alone"])
     for made in (contender, other):
         made.close()
     return {
+        "gib": sum(grad.nbytes for grad in grads) / GIB,
+        "all-reduce by NCCL ms": round(statistics.median(times["nccl"]), 3),
         "alone ms": round(whole, 3),
         "added to the step ms": round(added, 3),
         "hidden": round(1 - max(added, 0) / whole, 3),
+        "equal on both": sorted(same) == sorted(rank.gathered(same)[0]),
     }
 
 
@@ -279,7 +274,7 @@ def cleared(contender: Any) -> Callable[[], None]:
 
 def predict(rank: Rank, case: Case, rounds: int) -> dict[str, Any]:
     """Measured under DualPipeV alone, predicted for it and others, and compared."""
-    from prediction import spread
+    from prediction import alike, spread
 
     made = {
         name: make_contender(name, case, rank.device, measure=True)
@@ -292,7 +287,8 @@ def predict(rank: Rank, case: Case, rounds: int) -> dict[str, Any]:
     costs = []
     for _ in range(rounds):
         made["DualPipeV"].step()
-        costs.append(made["DualPipeV"].executor.report().costs)
+        report = made["DualPipeV"].executor.report()
+        costs.append(report.costs_for_any_rank(alike(made["DualPipeV"].schedule.num_stages)))
         for name, contender in made.items():
             contender.step()
             measured[name].append(contender.executor.report().makespan_us / 1e3)
@@ -306,6 +302,9 @@ def predict(rank: Rank, case: Case, rounds: int) -> dict[str, Any]:
             "predicted ms": round(timeline.makespan / 1e3, 3),
             "predicted / measured": round(timeline.makespan / 1e3 / middle, 4),
         }
+    found["slower than the average rank"] = [
+        round(float(f), 4) for f in np.median([c.rank_factor for c in costs], axis=0)
+    ]
     report = made["DualPipeV"].executor.report()
     if rank.rank == 0 and (out := os.environ.get("TRACE")):
         report.to_perfetto(out)

@@ -5,12 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from dualpipe import Costs
+from dualpipe import Costs, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["spread"]
+__all__ = ["alike", "spread"]
+
+
+def alike(num_stages: int) -> dict[Kind, Sequence[int]]:
+    """Stages of the same layers that do the same work: all but the last have no loss, and a
+    weight part is the same everywhere. The first has no gradient of its input to compute."""
+    return {
+        Kind.F: range(num_stages - 1),
+        Kind.B: range(1, num_stages - 1),
+        Kind.I: range(1, num_stages - 1),
+        Kind.W: range(num_stages),
+    }
 
 
 def spread(measured: Sequence[Costs], num_stages: int) -> Costs:
@@ -31,4 +42,5 @@ def spread(measured: Sequence[Costs], num_stages: int) -> Costs:
         backward_input=together([costs.backward_input for costs in measured]),
         backward_weight=together([costs.backward_weight for costs in measured]),
         latency=np.median([costs.latency for costs in measured], axis=0),
+        rank_factor=np.median([costs.rank_factor for costs in measured], axis=0),
     )
