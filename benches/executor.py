@@ -220,45 +220,63 @@ def own_figures(rank: Rank, contender: Any, case: Case) -> dict[str, Any]:
 
 
 def reduction(rank: Rank, case: Case, rounds: int) -> dict[str, Any]:
-    """What the sum of the two copies' gradients takes, and how much of it is hidden."""
-    contender = make_contender("DualPipe", case, rank.device)
-    other = make_contender("DualPipe", case, rank.device, reduce_copies=True)
-    for made in (contender, other):
-        for _ in range(WARM_UP):
-            cleared(made)()
-    stages = [stage for stage, _ in other.executor.stages]
-    grads = [p.grad for s in other.executor.stages.values() for p in s.module.parameters()]
-    same = [grad.double().sum().item() for grad in grads]
-    copies = other.executor._copies
-
-    def nccl() -> None:
-        for grad in grads:
-            dist.all_reduce(grad)
-
-    def alone() -> None:
-        for stage in sorted(stages, reverse=True):
-            copies.start(stage)
-        copies.finish()
-
-    works = {"plain": cleared(contender), "reduced": cleared(other), "alone": alone, "nccl": nccl}
+    """What the sum of the two copies' gradients takes, and how much of it is hidden, by all-reduce
+    and by the transport."""
+    plain = make_contender("DualPipe", case, rank.device)
+    made = {
+        name: make_contender("DualPipe", case, rank.device, reduce_copies=way)
+        for name, way in (("all-reduce", True), ("pairs", "pairs"))
+    }
+    works = {"plain": cleared(plain)}
+    for name, contender in made.items():
+        works[name] = cleared(contender)
+        works[f"{name} alone"] = summed(contender)
+    for name, work in works.items():
+        for _ in range(1 if "alone" in name else WARM_UP):
+            work()
+    equal = {name: equal_copies(rank, contender) for name, contender in made.items()}
     times: dict[str, list[float]] = {name: [] for name in works}
-    nccl()
     for _ in range(rounds):
         for name, work in works.items():
             times[name].append(rank.timed(work))
-    pairs = zip(times["plain"], times["reduced"], strict=True)
-    added = statistics.median(b - a for a, b in pairs)
-    whole = statistics.median(times["alone"])
-    for made in (contender, other):
-        made.close()
-    return {
-        "gib": sum(grad.nbytes for grad in grads) / GIB,
-        "all-reduce by NCCL ms": round(statistics.median(times["nccl"]), 3),
-        "alone ms": round(whole, 3),
-        "added to the step ms": round(added, 3),
-        "hidden": round(1 - max(added, 0) / whole, 3),
-        "equal on both": sorted(same) == sorted(rank.gathered(same)[0]),
+    found: dict[str, Any] = {}
+    for name in made:
+        pairs = zip(times["plain"], times[name], strict=True)
+        added = statistics.median(b - a for a, b in pairs)
+        whole = statistics.median(times[f"{name} alone"])
+        found[name] = {
+            "alone ms": round(whole, 3),
+            "added to the step ms": round(added, 3),
+            "hidden": round(1 - max(added, 0) / whole, 3),
+            "equal on both": equal[name],
+        }
+    for contender in (plain, *made.values()):
+        contender.close()
+    return found
+
+
+def summed(contender: Any) -> Callable[[], None]:
+    """The reduction alone, of the gradients of the last step."""
+    copies = contender.executor._copies
+
+    def alone() -> None:
+        for stage, _ in sorted(contender.executor.stages, reverse=True):
+            copies.start(stage)
+        copies.finish()
+
+    return alone
+
+
+def equal_copies(rank: Rank, contender: Any) -> bool:
+    """Whether both ranks have the same gradients after a step."""
+    cleared(contender)()
+    sums = {
+        f"{stage} {name}": parameter.grad.double().sum().item()
+        for (stage, _), held in contender.executor.stages.items()
+        for name, parameter in held.module.named_parameters()
     }
+    first, second = rank.gathered(sums)
+    return bool(first == second)
 
 
 def cleared(contender: Any) -> Callable[[], None]:

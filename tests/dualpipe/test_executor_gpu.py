@@ -180,7 +180,7 @@ def run_schedules(rank, folder):
     return lines
 
 
-def run_copies(rank, folder, transport):
+def run_copies(rank, folder, transport, way):
     """Gradients of copies are summed by the executor, and each sum once, to the same bits."""
     import torch.distributed as dist
     from dualpipe import Schedule
@@ -196,7 +196,10 @@ def run_copies(rank, folder, transport):
     other = slice(half * SIZE, None) if rank == 0 else slice(0, half * SIZE)
     lines = []
     stages = {(rank, 0): own[rank], (1 - rank, 1): own[1 - rank]}
-    with PipelineExecutor(stages, schedule, transport=transport, limit_s=20) as executor:
+    reduce = "pairs" if way == "pairs" else True
+    with PipelineExecutor(
+        stages, schedule, transport=transport, reduce_copies=reduce, limit_s=20
+    ) as executor:
         for step in range(4):
             own.zero_grad()
             result = executor.step(x[part], labels=[y[other]], criterion=criterion)
@@ -309,9 +312,10 @@ def test_every_way_equals_the_sequential_run(tmp_path: Path) -> None:
         assert not wrong
 
 
+@pytest.mark.parametrize("way", ["group", "pairs"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_copies_are_reduced(tmp_path: Path, transport: str) -> None:
-    for lines in launched(tmp_path, "copies", transport):
+def test_copies_are_reduced(tmp_path: Path, transport: str, way: str) -> None:
+    for lines in launched(tmp_path, "copies", transport, way):
         assert lines is not None
         wrong = [line for line in lines if not line[4] or abs(line[5]) > 1e-13]
         assert not wrong
