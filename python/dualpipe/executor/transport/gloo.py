@@ -43,12 +43,13 @@ class _Pending:
     def post(self) -> None:
         """Called by the courier."""
         try:
-            self._start(self._transport.channel)
+            self._start()
         except Exception as error:
             self._fault = error
         self._posted.release()
 
-    def _start(self, channel: dist.ProcessGroup) -> None:
+    def _start(self) -> None:
+        # Without the group in a variable: an error's frames would hold it open.
         raise NotImplementedError
 
     def _wait(self) -> list[torch.Tensor]:
@@ -57,6 +58,7 @@ class _Pending:
         with waiting(transport.limit_s, self._peer):
             if not self._posted.acquire(timeout=transport.limit_s):
                 raise TimeoutError
+            self._posted.release()
             if self._fault is not None:
                 raise self._fault
             while self._works:
@@ -78,13 +80,13 @@ class _GlooArrival(_Pending, Arrival):
         self._specs = specs
         super().__init__(peer, transport)
 
-    def _start(self, channel: dist.ProcessGroup) -> None:
+    def _start(self) -> None:
         for spec in self._specs:
             tensor = self._transport.pool.take(spec)
             self._tensors.append(tensor)
             # An empty message is none: both ends know its shape.
             if tensor.numel():
-                self._works.append(channel.recv([tensor], self._peer, 0))
+                self._works.append(self._transport.channel.recv([tensor], self._peer, 0))
 
     def ready(self) -> list[torch.Tensor]:
         return self._wait()
@@ -97,13 +99,13 @@ class _GlooDeparture(_Pending, Departure):
         self._given = given
         super().__init__(peer, transport)
 
-    def _start(self, channel: dist.ProcessGroup) -> None:
+    def _start(self) -> None:
         given, self._given = self._given, ()
         for part in given:
             tensor = part.detach().contiguous()
             self._tensors.append(tensor)
             if tensor.numel():
-                self._works.append(channel.send([tensor], self._peer, 0))
+                self._works.append(self._transport.channel.send([tensor], self._peer, 0))
 
     def done(self) -> None:
         self._wait()
