@@ -79,7 +79,9 @@ class Runner:
 
     def leads(self, plan: Plan) -> bool:
         """Whether a step may be started before the ranks have agreed on it."""
-        if plan is not self._prepared or self._num_runs < _STEADY or not self._enters:
+        ready = plan is self._prepared and self._num_runs >= _STEADY
+        # On GPUs nobody has seen yet that captured graphs bear it.
+        if not ready or not self._enters or self._device.type != "cpu":
             return False
         if self._seen:
             # By their contents, since batch norms do not count what they write.
