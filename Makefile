@@ -40,13 +40,21 @@ help: ## List the targets
 setup: tools $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint $(STAMPS)/test $(STAMPS)/installed ## Make .venv with all tools (torch included, 5 GB) and the package in it
 
 .PHONY: demo
-demo: tools $(STAMPS)/demo $(STAMPS)/installed ## Plan DeepSeek-R1's experts onto 32 GPUs, replay a trace; needs no torch
+demo: demo-plan demo-replay ## Plan DeepSeek-R1's experts, replay a trace, serve one while experts move
+
+.PHONY: demo-plan
+demo-plan: tools $(STAMPS)/demo $(STAMPS)/installed ## The parts of it that need no torch
 	@mkdir -p demo
 	@$(STEP) 'plan' $(BIN)/eplb plan examples/data/deepseek_r1_1k1k.json \
 		--gpus 32 --nodes 4 --groups 8 --replicas 288 \
 		--plot demo/deepseek-r1.html -o demo/plan.json
 	@$(STEP) 'what if' $(BIN)/eplb simulate examples/data/esft_v2lite_load_history_w256.json \
 		--merge 4 --gpus 8 --replicas 72 --html demo/what-if.html
+
+.PHONY: demo-replay
+demo-replay: tools $(STAMPS)/test $(STAMPS)/installed ## The part of it that runs on 8 processes (torch, 5 GB)
+	@mkdir -p demo
+	@$(STEP) 'replay' $(BIN)/python examples/replay_choices.py --windows 2 --plot demo/replay.svg
 
 
 ## What a change must pass

@@ -97,8 +97,8 @@ class ExpertWeights:
 
         Raises:
             InvalidInputError: ``empty`` without layers or fields, ``wrong_shape`` or
-                ``wrong_dtype`` for a tensor unlike those of the first layer,
-                ``not_contiguous``, ``wrong_type`` for what is no tensor.
+                ``wrong_dtype`` for a tensor unlike those of the first layer, ``inconsistent`` for
+                one on another device, ``not_contiguous``, ``wrong_type`` for what is no tensor.
         """
         if not layers or not layers[0]:
             raise InvalidInputError(
@@ -134,8 +134,16 @@ class ExpertWeights:
                         got=f"{field.name} of layer {layer}, {tuple(tensor.shape)} {tensor.dtype}",
                         expected=f"{wanted} {field.dtype}, as in layer 0",
                     )
+                if tensor.device != first.device:
+                    raise InvalidInputError(
+                        code="inconsistent",
+                        argument="layers",
+                        got=f"{field.name} of layer {layer} on {tensor.device}",
+                        expected=f"all on {first.device}, as the first",
+                    )
         weights = object.__new__(cls)
-        weights._set(fields, [dict(tensors) for tensors in layers])
+        plain = [{name: one.detach() for name, one in tensors.items()} for tensors in layers]
+        weights._set(fields, plain)
         return weights
 
     def _set(self, fields: Sequence[ExpertField], layers: list[dict[str, Tensor]]) -> None:
