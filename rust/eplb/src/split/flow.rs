@@ -108,6 +108,12 @@ impl Flow {
     /// Splits a layer's loads, whole numbers whose sum fits 53 bits, and returns the level: the
     /// largest rank load, which no split can make smaller.
     pub(crate) fn solve(&mut self, graph: &Graph<'_>, load: &[i64]) -> i64 {
+        self.solve_below(graph, load, i64::MAX)
+    }
+
+    /// The same, but ends as soon as the level is known to be above `limit`: what it returns then
+    /// is the mean of the tight ranks, and the flow none in particular.
+    pub(crate) fn solve_below(&mut self, graph: &Graph<'_>, load: &[i64], limit: i64) -> i64 {
         self.load_singles(graph, load);
         let (mut level, hottest) = self.largest();
         self.tight.clear();
@@ -117,7 +123,7 @@ impl Flow {
         }
         level = self.raise_to_components(graph, level);
         for _ in 1..PASSES {
-            if self.largest().0 <= level {
+            if self.largest().0 <= level || level > limit {
                 return level;
             }
             for item in graph.items {
@@ -131,7 +137,7 @@ impl Flow {
             }
             self.sweep(graph);
         }
-        while self.find_hot(level) {
+        while level <= limit && self.find_hot(level) {
             if !self.cool(graph, level) {
                 let ranks = self.queue.iter();
                 let sum: i64 = ranks.map(|&rank| self.rank_load[rank as usize]).sum();
