@@ -48,7 +48,11 @@ impl Planner {
         let topology = self.topology();
         check_even(topology)?;
         check_part("slack", slack, "0.001 leaves room enough to link ranks")?;
-        check_part("spread", spread, "0.15 prepares for a load that is 10 % off")?;
+        check_part(
+            "spread",
+            spread,
+            "0.15 prepares for a load that is 10 % off",
+        )?;
         let start = self.plan(load)?;
         let num_slots = topology.num_slots();
         let mut slots = vec![0; load.num_layers() * num_slots];
@@ -115,7 +119,9 @@ impl Links {
         let loads = copies.iter().map(|copy| (&copy[..], 1.0 / COPIES as f64));
         let worth = Worth::new(&layer, loads);
         let experts = 0..layer.num_experts();
-        let share = experts.clone().map(|e| f64::from(load[e]) / layer.count(e) as f64);
+        let share = experts
+            .clone()
+            .map(|e| f64::from(load[e]) / layer.count(e) as f64);
         let share: Vec<f64> = share.collect();
         let mut carried = vec![0.0; layer.num_ranks()];
         for (slot, &rank) in (0..).zip(layer.ranks()) {
@@ -124,7 +130,10 @@ impl Links {
         let mean = carried.iter().sum::<f64>() / carried.len() as f64;
         Self {
             most: carried.iter().fold(mean * (1.0 + slack), |a, &b| a.max(b)),
-            shared: experts.filter(|&e| layer.count(e) > 1).map(|e| e as u32).collect(),
+            shared: experts
+                .filter(|&e| layer.count(e) > 1)
+                .map(|e| e as u32)
+                .collect(),
             worth,
             share,
             carried,
@@ -157,7 +166,11 @@ impl Links {
         let shift = share(a) - share(b);
         let first = (a, b);
         if fits(shift) {
-            return Some(Swaps { first, second: None, shift });
+            return Some(Swaps {
+                first,
+                second: None,
+                shift,
+            });
         }
         // Of experts that are nowhere else, so that this links no other ranks.
         let single = |rank: usize, other: u32| {
@@ -171,10 +184,17 @@ impl Links {
         for c in single(from, a) {
             for d in single(to, b) {
                 let shift = shift + share(c) - share(d);
-                let uneven = |shift: f64| (self.carried[to] - self.carried[from] + 2.0 * shift).abs();
-                let least = best.as_ref().is_none_or(|best| uneven(shift) < uneven(best.shift));
+                let uneven =
+                    |shift: f64| (self.carried[to] - self.carried[from] + 2.0 * shift).abs();
+                let least = best
+                    .as_ref()
+                    .is_none_or(|best| uneven(shift) < uneven(best.shift));
                 if fits(shift) && least && layer.allows(Exchange::Swap { a: c, b: d }) {
-                    best = Some(Swaps { first, second: Some((c, d)), shift });
+                    best = Some(Swaps {
+                        first,
+                        second: Some((c, d)),
+                        shift,
+                    });
                 }
             }
         }
@@ -186,7 +206,9 @@ impl Links {
     fn attempt(&mut self, swaps: &Swaps) {
         let swap = |(a, b): (u32, u32)| Exchange::Swap { a, b };
         let first = self.layer.concerned(swap(swaps.first));
-        let second = swaps.second.map(|second| self.layer.concerned(swap(second)));
+        let second = swaps
+            .second
+            .map(|second| self.layer.concerned(swap(second)));
         let (mut experts, mut len) = ([first[0], first[1], 0, 0], 2);
         if let Some(second) = second {
             experts[2..].copy_from_slice(&second);
@@ -210,7 +232,7 @@ impl Links {
             self.carried[self.layer.rank(to)] += swaps.shift;
         } else {
             make(&mut self.layer);
-            self.worth.keep_found(&self.layer);
+            self.worth.keep_found(&self.layer, |_, _, _| ());
         }
     }
 }

@@ -4,8 +4,6 @@
 //! rank takes that expert, in the place of one that keeps other slots. Of all such exchanges the
 //! best is made, exactly; then the next, from there.
 
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::time::Instant;
 
 use multiversion::multiversion;
@@ -14,7 +12,7 @@ use rayon::prelude::*;
 use super::layer::{Exchange, Layer};
 use super::paths::{self, Path};
 use super::search::Made;
-use super::sets::{Case, Row, Worth};
+use super::sets::{Case, MOST, Row, Worth, spread};
 use super::{Scenarios, layer_of};
 use crate::balance::{Budget, Fuel};
 use crate::placement::Placement;
@@ -117,7 +115,9 @@ struct Relief {
 
 /// What finding an exchange takes, kept for the next.
 #[derive(Debug, Default)]
-pub(super) struct Scratch {
+struct Scratch {
+    /// How many loads there are (K).
+    num_cases: usize,
     /// Slots whose expert has others, rank by rank; where each rank's begin, `[D + 1]`; and what
     /// sets gain if the expert leaves, `[slots, K]`.
     drops: Vec<u32>,
@@ -127,19 +127,23 @@ pub(super) struct Scratch {
     outside: Vec<Row>,
     /// What sets lose if an expert can go elsewhere, `[K]`.
     losses: Vec<Row>,
-    /// Exchanges by the least that the layer could be worth then, in bits, which order as it does.
-    queue: BinaryHeap<Reverse<(u32, u32)>>,
+    /// What one of the sets gains if the expert of each slot leaves, `[slots]`.
+    gained: Vec<f32>,
     candidates: Vec<Candidate>,
+    /// The least that each candidate could be worth under each load, `[candidates, K]`.
     bounds: Vec<f32>,
 }
 
-/// A slot, by its place among those that may be given away, and the expert that it takes.
+/// An exchange that may help.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
+    /// The slot that is given away, by its place among those that may be, and its rank.
     drop: u32,
+    rank: u32,
+    /// The expert that comes.
     expert: u32,
-    /// How many sets of ranks were found before it was bounded.
-    seen: u32,
+    /// The least that the layer could be worth then; infinite once that was found to be too much.
+    bound: f32,
 }
 
 impl Relief {
@@ -195,36 +199,22 @@ fn find(relief: &mut Relief, max_moves: usize, scratch: &mut Scratch) -> Option<
     } = relief;
     let mut least = worth.value() - LEAST_GAIN;
     let mut found = None;
-    let mut num_found = 0;
     scratch.look(layer, worth);
     scratch.collect(layer, worth, max_moves, least);
-    while let Some(Reverse((bits, index))) = scratch.queue.pop() {
-        if f32::from_bits(bits) >= least {
-            break;
-        }
-        let Candidate { drop, expert, seen } = scratch.candidates[index as usize];
-        if seen != num_found {
-            // Sets that were found since may show that it is worse.
-            scratch.losses(worth, expert);
-            let bound = scratch.bound(layer, worth, drop as usize);
-            scratch.candidates[index as usize].seen = num_found;
-            scratch.queue.push(Reverse((bound.to_bits(), index)));
-            continue;
-        }
-        if !fuel.step() {
-            break;
-        }
+    while let Some(best) = scratch.best(least)
+        && fuel.step()
+    {
+        let Candidate { drop, expert, .. } = scratch.candidates[best];
         let slot = scratch.drops[drop as usize];
         let exchange = Exchange::Replace { slot, expert };
-        scratch.losses(worth, expert);
-        scratch.bound(layer, worth, drop as usize);
+        let bounds = &scratch.bounds[best * scratch.num_cases..][..scratch.num_cases];
         let back = layer.make(exchange);
-        let value = worth.after(layer, &scratch.bounds, least);
+        let value = worth.after(layer, bounds, least);
         layer.make(back);
-        if worth.keep_found(layer) {
-            num_found += 1;
-            scratch.look(layer, worth);
-        }
+        scratch.candidates[best].bound = f32::INFINITY;
+        worth.keep_found(layer, |case, index, set| {
+            scratch.raise(layer, case, index, set);
+        });
         if value < least {
             found = Some(exchange);
             least = value - LEAST_GAIN;
@@ -237,6 +227,7 @@ impl Scratch {
     /// Notes which slots may be given away, and what sets gain by each.
     #[inline(always)]
     fn look(&mut self, layer: &Layer, worth: &Worth) {
+        self.num_cases = worth.cases.len();
         self.drops.clear();
         self.begins.clear();
         self.gains.clear();
@@ -247,77 +238,72 @@ impl Scratch {
             if rank != rank_before {
                 rank_before = rank;
                 self.begins.push(self.drops.len() as u32);
-                let cases = worth.cases.iter();
-                self.outside.extend(cases.map(|case| case.sets.outside(rank)));
+                for case in &worth.cases {
+                    let outside = case.sets.outside(rank);
+                    self.outside.push(spread(outside, &[1.0; MOST], 1.0));
+                }
             }
             let expert = layer.expert(slot);
             if layer.count(expert) > 1 {
                 self.drops.push(slot);
-                let gains = |case: &Case| {
-                    case.sets.gains(layer, slot, case.loads[expert])
-                };
-                self.gains.extend(worth.cases.iter().map(gains));
+                for case in &worth.cases {
+                    let gaining = case.sets.gaining(layer, slot);
+                    let gains = spread(gaining, &case.sets.inverse, case.loads[expert]);
+                    self.gains.push(gains);
+                }
             }
         }
         self.begins.push(self.drops.len() as u32);
     }
 
-    /// Queues the exchanges that relieve what is tight, unless a bound is above `limit`.
+    /// Notes the exchanges that relieve what is tight, unless a bound is above `limit`.
     #[inline(always)]
     fn collect(&mut self, layer: &Layer, worth: &Worth, max_moves: usize, limit: f32) {
-        self.queue.clear();
         self.candidates.clear();
+        self.bounds.clear();
         for expert in 0..layer.num_experts() {
             let suspects = |case: &Case| case.sets.suspects(expert);
             if !worth.cases.iter().any(suspects) {
                 continue;
             }
-            self.losses(worth, expert as u32);
+            self.losses.clear();
+            for case in &worth.cases {
+                let losses = case.sets.losses(expert, case.loads[expert]);
+                self.losses.push(losses);
+            }
             for rank in 0..layer.num_ranks() {
-                let relieves = |case: &Case| {
-                    case.sets.suspects(expert) && case.sets.is_outside(rank)
-                };
+                let relieves =
+                    |case: &Case| case.sets.suspects(expert) && case.sets.is_outside(rank);
                 if !worth.cases.iter().any(relieves) || self.bound_at(worth, rank) >= limit {
                     continue;
                 }
-                for drop in self.begins[rank] as usize..self.begins[rank + 1] as usize {
-                    let slot = self.drops[drop];
-                    let exchange = Exchange::Replace {
-                        slot,
-                        expert: expert as u32,
-                    };
-                    if !layer.allows(exchange)
-                        || layer.num_moves() as i32 + layer.more_moves(exchange) > max_moves as i32
-                    {
-                        continue;
-                    }
-                    let bound = self.bound(layer, worth, drop);
-                    if bound < limit {
-                        let index = self.candidates.len() as u32;
-                        self.queue.push(Reverse((bound.to_bits(), index)));
-                        self.candidates.push(Candidate {
-                            drop: drop as u32,
-                            expert: expert as u32,
-                            seen: 0,
-                        });
+                for drop in self.begins[rank]..self.begins[rank + 1] {
+                    let slot = self.drops[drop as usize];
+                    let expert = expert as u32;
+                    let exchange = Exchange::Replace { slot, expert };
+                    let moves = layer.num_moves() as i32 + layer.more_moves(exchange);
+                    if layer.allows(exchange) && moves <= max_moves as i32 {
+                        let bound = self.push_bounds(worth, rank, drop as usize);
+                        if bound < limit {
+                            self.candidates.push(Candidate {
+                                drop,
+                                rank: rank as u32,
+                                expert,
+                                bound,
+                            });
+                        } else {
+                            self.bounds.truncate(self.candidates.len() * self.num_cases);
+                        }
                     }
                 }
             }
         }
     }
 
-    #[inline(always)]
-    fn losses(&mut self, worth: &Worth, expert: u32) {
-        self.losses.clear();
-        let expert = expert as usize;
-        let losses = |case: &Case| case.sets.losses(expert, case.loads[expert]);
-        self.losses.extend(worth.cases.iter().map(losses));
-    }
-
     /// A bound for what the layer is worth if the expert whose losses are there is on a rank, too.
     #[inline(always)]
     fn bound_at(&self, worth: &Worth, rank: usize) -> f32 {
-        let outside = &self.outside[rank * worth.cases.len()..];
+        let outside = &self.outside[rank * self.num_cases..];
         let mut value = 0.0;
         for (case, (outside, losses)) in worth.cases.iter().zip(outside.iter().zip(&self.losses)) {
             value += case.weight * case.sets.largest(|set| -losses[set] * outside[set]);
@@ -325,24 +311,54 @@ impl Scratch {
         value
     }
 
-    /// The same if it takes the place of another; with the bounds for each load.
+    /// The same if it takes the place of another. Notes the bounds for each load.
     #[inline(always)]
-    fn bound(&mut self, layer: &Layer, worth: &Worth, drop: usize) -> f32 {
-        let num_cases = worth.cases.len();
-        let rank = layer.rank(self.drops[drop] as usize);
-        let outside = &self.outside[rank * num_cases..][..num_cases];
-        let gains = &self.gains[drop * num_cases..][..num_cases];
-        self.bounds.clear();
+    fn push_bounds(&mut self, worth: &Worth, rank: usize, drop: usize) -> f32 {
+        let outside = &self.outside[rank * self.num_cases..][..self.num_cases];
+        let gains = &self.gains[drop * self.num_cases..][..self.num_cases];
         let mut value = 0.0;
         for (index, case) in worth.cases.iter().enumerate() {
-            let (outside, gains) = (&outside[index], &gains[index]);
-            let losses = &self.losses[index];
-            let largest = case
-                .sets
-                .largest(|set| gains[set] - losses[set] * outside[set]);
-            self.bounds.push(largest);
-            value += case.weight * largest;
+            let (outside, gains, losses) = (&outside[index], &gains[index], &self.losses[index]);
+            let change = |set: usize| gains[set] - losses[set] * outside[set];
+            let bound = case.sets.largest(change);
+            self.bounds.push(bound);
+            value += case.weight * bound;
         }
         value
+    }
+
+    /// Raises bounds to what a set shows that was found for one of the loads.
+    #[inline(always)]
+    fn raise(&mut self, layer: &Layer, case: &Case, index: usize, set: usize) {
+        let (mean, inverse) = (case.sets.means[set], case.sets.inverse[set]);
+        let has = |sets: u64| (sets >> set & 1) as f32 * inverse;
+        self.gained.clear();
+        for &slot in &self.drops {
+            let gained = has(case.sets.gaining(layer, slot)) * case.loads[layer.expert(slot)];
+            self.gained.push(gained);
+        }
+        let bounds = self.bounds[index..].iter_mut().step_by(self.num_cases);
+        for (candidate, bound) in self.candidates.iter_mut().zip(bounds) {
+            let expert = candidate.expert as usize;
+            let relieved = case.sets.alone(expert) & case.sets.outside(candidate.rank as usize);
+            let lost = has(relieved) * case.loads[expert];
+            let raised = mean + self.gained[candidate.drop as usize] - lost;
+            if raised > *bound {
+                candidate.bound += case.weight * (raised - *bound);
+                *bound = raised;
+            }
+        }
+    }
+
+    /// The candidate of the least bound below `limit`, the first of several.
+    #[inline(always)]
+    fn best(&self, limit: f32) -> Option<usize> {
+        let mut best = (limit, None);
+        for (place, candidate) in self.candidates.iter().enumerate() {
+            if candidate.bound < best.0 {
+                best = (candidate.bound, Some(place));
+            }
+        }
+        best.1
     }
 }

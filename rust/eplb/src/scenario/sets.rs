@@ -7,6 +7,7 @@
 //! the sets that were missing.
 
 use super::layer::Layer;
+use super::rows::WHOLE;
 use crate::split::{Flow, LayerGraph};
 
 /// How many sets of ranks are kept for each load, one bit each.
@@ -17,9 +18,6 @@ pub(super) type Row = [f32; MOST];
 
 /// Rows are worked on in parts of so many sets, up to the last that is in use.
 const LANES: usize = 16;
-
-/// Tokens are whole numbers where flows are computed: the mean load of a rank is so many.
-const WHOLE: f64 = (1u64 << 32) as f64;
 
 /// The largest rank load of the best split of a layer, in units of the mean one, in the mean over
 /// several loads.
@@ -51,10 +49,7 @@ pub(super) struct Case {
 
 impl Worth {
     /// Solves a layer for some loads, `[E]` each, with weights that add up to 1.
-    pub(super) fn new<'a>(
-        layer: &Layer,
-        loads: impl Iterator<Item = (&'a [f32], f64)>,
-    ) -> Self {
+    pub(super) fn new<'a>(layer: &Layer, loads: impl Iterator<Item = (&'a [f32], f64)>) -> Self {
         let (num_ranks, num_experts) = (layer.num_ranks(), layer.num_experts());
         let case = |(row, weight): (&[f32], f64)| {
             let total: f64 = row.iter().map(|&load| f64::from(load)).sum();
@@ -97,7 +92,7 @@ impl Worth {
             let level = self.level(index, i64::MAX);
             self.cases[index].level = level;
         }
-        self.keep_found(layer);
+        self.keep_found(layer, |_, _, _| ());
     }
 
     /// A bound for what a layer is worth in which some experts are elsewhere; with the bounds for
@@ -120,7 +115,7 @@ impl Worth {
             case.sets.moved(layer, &case.loads, experts);
             case.level = case.next;
         }
-        self.keep_found(layer);
+        self.keep_found(layer, |_, _, _| ());
     }
 
     /// What a layer is worth that differs from the one solved last, or something that is not below
@@ -157,19 +152,21 @@ impl Worth {
         ((level as f64 / WHOLE) as f32).max(1.0)
     }
 
-    /// Keeps the sets that flows have found; whether any of them is new.
-    pub(super) fn keep_found(&mut self, layer: &Layer) -> bool {
+    /// Keeps the sets that flows have found, and calls `mark` with the load and the number of each
+    /// that is new.
+    #[inline(always)]
+    pub(super) fn keep_found(&mut self, layer: &Layer, mut mark: impl FnMut(&Case, usize, usize)) {
         let mut begin = 0;
-        let mut new = false;
         for &(index, end) in &self.found {
             let case = &mut self.cases[index];
             let ranks = &self.found_ranks[begin..end];
-            new |= case.sets.keep(layer, &case.loads, ranks);
+            if case.sets.keep(layer, &case.loads, ranks) {
+                mark(case, index, case.sets.tight);
+            }
             begin = end;
         }
         self.found.clear();
         self.found_ranks.clear();
-        new
     }
 }
 
@@ -267,24 +264,29 @@ impl Sets {
         self.within[rank] >> self.tight & 1 == 0
     }
 
-    /// For each set, 1 if a rank is outside of it, else 0.
+    /// The sets that hold an expert alone.
     #[inline(always)]
-    pub(super) fn outside(&self, rank: usize) -> Row {
-        spread(!self.within[rank], &[1.0; MOST], 1.0)
+    pub(super) fn alone(&self, expert: usize) -> u64 {
+        self.alone[expert]
+    }
+
+    /// The sets that a rank is outside of.
+    #[inline(always)]
+    pub(super) fn outside(&self, rank: usize) -> u64 {
+        !self.within[rank]
+    }
+
+    /// The sets that come to hold an expert alone if it leaves a slot.
+    #[inline(always)]
+    pub(super) fn gaining(&self, layer: &Layer, slot: u32) -> u64 {
+        let expert = layer.expert(slot);
+        self.holding(layer, expert, Some(slot)) & !self.alone[expert]
     }
 
     /// What each set's mean loses if an expert of this load has a replica outside of it, too.
     #[inline(always)]
     pub(super) fn losses(&self, expert: usize, load: f32) -> Row {
         spread(self.alone[expert], &self.inverse, load)
-    }
-
-    /// What each set's mean gains if an expert of this load leaves a slot.
-    #[inline(always)]
-    pub(super) fn gains(&self, layer: &Layer, slot: u32, load: f32) -> Row {
-        let expert = layer.expert(slot);
-        let more = self.holding(layer, expert, Some(slot)) & !self.alone[expert];
-        spread(more, &self.inverse, load)
     }
 
     /// The largest of the means, each less what it loses and with what it gains; 1 if that is
@@ -295,13 +297,20 @@ impl Sets {
         for begin in (0..self.len).step_by(LANES) {
             for lane in 0..LANES {
                 let mean = self.means[begin + lane] + change(begin + lane);
-                largest[lane] = if mean > largest[lane] { mean } else { largest[lane] };
+                largest[lane] = larger(largest[lane], mean);
             }
         }
-        largest.iter().fold(1.0, |a, &b| if a > b { a } else { b })
+        let mut width = LANES / 2;
+        while width > 0 {
+            for lane in 0..width {
+                largest[lane] = larger(largest[lane], largest[lane + width]);
+            }
+            width /= 2;
+        }
+        largest[0]
     }
 
-    /// The same after experts have come to be elsewhere.
+    /// A bound for the level after experts have come to be elsewhere.
     #[inline(always)]
     fn bound(&self, layer: &Layer, loads: &[f32], experts: &[usize]) -> f32 {
         let mut change = [0.0; MOST];
@@ -346,13 +355,19 @@ impl Sets {
 
 /// `factor * row` where a bit is set, else 0.
 #[inline(always)]
-fn spread(set: u64, row: &Row, factor: f32) -> Row {
+pub(super) fn spread(set: u64, row: &Row, factor: f32) -> Row {
     let mut spread = [0.0; MOST];
     for lane in 0..MOST {
         let there = set >> lane & 1 != 0;
         spread[lane] = if there { row[lane] * factor } else { 0.0 };
     }
     spread
+}
+
+/// One instruction, where `f32::max` would be three for the sake of NaN.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
 }
 
 /// The bits that are set, from the lowest.
