@@ -3,7 +3,7 @@
 use crate::error::{Code, Error, Result, require_positive};
 use crate::placement::Placement;
 
-use super::{check_length, check_tokens};
+use super::{MAX_TOKENS, check_length, check_tokens};
 
 /// The widest table of entries: more would tell shares apart that no engine can.
 pub const MAX_WIDTH: usize = 1024;
@@ -123,7 +123,7 @@ pub fn quotas_into(
     check_length("tokens", tokens.len(), counts)?;
     check_length("quotas", quotas.len(), shares.len())?;
     for row in tokens.chunks_exact(placement.num_experts()) {
-        check_tokens(row)?;
+        check_tokens(row, MAX_TOKENS)?;
     }
     let widest = placement.max_replicas();
     let mut remainders = Vec::with_capacity(widest);
