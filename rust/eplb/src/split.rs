@@ -10,7 +10,7 @@ mod speeds;
 
 use std::ops::Range;
 
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Error, Result, require_length};
 use crate::load::Load;
 use crate::placement::Placement;
 use graph::{Graphs, SharedSlot};
@@ -152,13 +152,13 @@ impl Splitter {
         self.check_load(load, self.num_layers)?;
         let (slots, ranks) = (self.num_slots, self.num_ranks);
         let layers = self.num_layers;
-        check_length("shares", out.shares.len(), layers * slots)?;
-        check_length("level", out.level.len(), layers)?;
+        require_length("shares", out.shares.len(), layers * slots)?;
+        require_length("level", out.level.len(), layers)?;
         if let Some(rank_load) = &out.rank_load {
-            check_length("rank_load", rank_load.len(), layers * ranks)?;
+            require_length("rank_load", rank_load.len(), layers * ranks)?;
         }
         if let Some(tight) = &out.tight {
-            check_length("tight", tight.len(), layers * ranks)?;
+            require_length("tight", tight.len(), layers * ranks)?;
         }
         let parts = load.layers().zip(out.shares.chunks_exact_mut(slots));
         for (layer, ((row, shares), level)) in parts.zip(&mut *out.level).enumerate() {
@@ -191,7 +191,7 @@ impl Splitter {
     ) -> Result<f64> {
         self.check_layer(layer)?;
         self.check_load(load, 1)?;
-        check_length("shares", shares.len(), self.num_slots)?;
+        require_length("shares", shares.len(), self.num_slots)?;
         let mut level = 0.0;
         self.solve(layer, load.values(), shares, &mut level);
         Ok(level)
@@ -213,8 +213,8 @@ impl Splitter {
         quotas: &mut [i64],
     ) -> Result<i64> {
         self.check_layer(layer)?;
-        check_length("tokens", tokens.len(), self.num_experts)?;
-        check_length("quotas", quotas.len(), self.num_slots)?;
+        require_length("tokens", tokens.len(), self.num_experts)?;
+        require_length("quotas", quotas.len(), self.num_slots)?;
         let most = if self.speeds.is_some() {
             1 << self.bits
         } else {
@@ -252,7 +252,7 @@ impl Splitter {
     /// # Errors
     /// [`Code::WrongShape`] for the buffer.
     pub fn tight_into(&self, tight: &mut [bool]) -> Result<()> {
-        check_length("tight", tight.len(), self.num_ranks)?;
+        require_length("tight", tight.len(), self.num_ranks)?;
         self.write_tight(tight);
         Ok(())
     }
@@ -262,7 +262,7 @@ impl Splitter {
     /// # Errors
     /// [`Code::WrongShape`] for the buffer.
     pub fn uniform_into(&self, shares: &mut [f64]) -> Result<()> {
-        check_length("shares", shares.len(), self.num_layers * self.num_slots)?;
+        require_length("shares", shares.len(), self.num_layers * self.num_slots)?;
         for (layer, shares) in shares.chunks_exact_mut(self.num_slots).enumerate() {
             shares.fill(1.0);
             for shared in self.graphs.shared_slots(layer) {
@@ -285,8 +285,8 @@ impl Splitter {
         rank_load: &mut [f64],
     ) -> Result<()> {
         self.check_load(load, self.num_layers)?;
-        check_length("shares", shares.len(), self.num_layers * self.num_slots)?;
-        check_length(
+        require_length("shares", shares.len(), self.num_layers * self.num_slots)?;
+        require_length(
             "rank_load",
             rank_load.len(),
             self.num_layers * self.num_ranks,
@@ -434,19 +434,6 @@ fn check_tokens(tokens: &[i64], most: i64) -> Result<()> {
         "tokens",
         format!("{sum} or more in all"),
         format!("at most {most} in all"),
-        "",
-    ))
-}
-
-fn check_length(argument: &'static str, length: usize, wanted: usize) -> Result<()> {
-    if length == wanted {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        Code::WrongShape,
-        argument,
-        format!("{length} values"),
-        format!("{wanted} values"),
         "",
     ))
 }
