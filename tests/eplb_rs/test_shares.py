@@ -52,7 +52,9 @@ def uneven_cases(count: int) -> Iterator[tuple[eplb_rs.Plan, npt.NDArray[np.floa
     for number in range(count):
         slots = rng.integers(1, 8, int(rng.integers(2, 17)))
         ranks = len(slots)
-        speeds = rng.choice([1.0, 1.5, 2.0, 3.0], ranks) if number % 3 else rng.uniform(1, 900, ranks)
+        speeds = (
+            rng.choice([1.0, 1.5, 2.0, 3.0], ranks) if number % 3 else rng.uniform(1, 900, ranks)
+        )
         dead = np.flatnonzero(rng.random(ranks - 1) < 0.1).tolist()
         topology = eplb_rs.Topology(1, ranks, int(slots.max()), slots=slots.tolist())
         topology = topology.with_speeds(speeds.tolist()).with_dead(dead)
