@@ -203,7 +203,8 @@ impl Scratch {
         }
         let enough = reach.min_balance.map_or(0.0, |balance| mean / balance);
         if largest > enough && reach.max_moves.is_none_or(|most| moves < most) {
-            let near = self.ranks.mean() * (1.0 + SPARED);
+            let near = reach.min_balance.map_or(0.0, |balance| 1.0 / balance);
+            let near = self.ranks.mean() * near.max(1.0 + SPARED);
             let layers = self.layers.iter().enumerate();
             let short = layers.filter(|(_, layer)| f64::from(layer.level()) > near);
             self.short.extend(short.map(|(index, _)| index));

@@ -159,11 +159,12 @@ impl<'a> Walker<'a> {
             if best.is_none() {
                 best = self.exchange_new(heavy);
             }
-            if step < GIVES || best.is_none() {
-                best = self.best_give(heavy, kind, best).or(best);
-            }
-            if best.is_none() {
+            let stuck = best.is_none();
+            if stuck {
                 best = self.exchange_nearest(heavy);
+            }
+            if stuck || step < GIVES {
+                best = self.best_give(heavy, kind, best).or(best);
             }
             let Some(offer) = best else { return };
             self.take(offer.step);
