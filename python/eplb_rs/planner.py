@@ -220,8 +220,10 @@ class Planner:
                 experts that stay on their rank keep their slot. Its GPUs may have been dead or
                 alive otherwise.
             max_moves: With ``previous``, how many experts may arrive on a rank that did not hold
-                them, over all layers; by default as many as help. What has to move because GPUs
-                died or joined moves even beyond this and the other limits.
+                them, over all layers. What has to move because GPUs died or joined moves even
+                beyond this and the other limits. Without any limit, the plan is as even as one
+                made without ``previous``, to within 0.1 % of the largest rank loads, with as few
+                moves as were found for that.
             move_cost: With ``previous``, what a move costs, in the unit of the load: moves are made
                 only where they lower the largest rank loads, summed over layers, by more than that
                 each.

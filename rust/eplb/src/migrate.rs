@@ -7,9 +7,12 @@
 //! 3. Moves are handed out over the layers by the convex hull of their frontiers.
 //!
 //! Which levels are aimed at depends on how many moves there are to hand out: the ranks above a
-//! level, over all layers, say about how many moves it takes to get there.
+//! level, over all layers, say about how many moves it takes to get there. Where walks fall short of
+//! what was asked for, and moves are left, a plan from scratch is one more point of each frontier, its
+//! ranks [renamed](relabel) so that fewest experts move.
 
 mod layer;
+mod relabel;
 mod rows;
 mod settle;
 mod table;
@@ -27,8 +30,13 @@ use crate::topology::Topology;
 use layer::{Layer, Walked};
 use table::Ranks;
 
-/// How far above the floor the levels are that are aimed at where nothing limits the moves.
+/// How far above the floor the levels are that are aimed at for a whole frontier, and for its end.
 const LEVELS: [f64; 8] = [0.05, 0.03, 0.018, 0.011, 0.007, 0.004, 0.002, 0.0003];
+const LAST_LEVELS: [f64; 1] = [0.0008];
+
+/// How much of the largest rank loads a plan without limits leaves to be gained, at most: the last of
+/// it takes as many moves as all the rest.
+const SPARED: f64 = 0.001;
 
 /// The least that is aimed at.
 const LEAST_AIM: f64 = 0.0003;
@@ -57,10 +65,11 @@ pub struct Milestone {
 }
 
 /// How far a plan may go from the placement in force. Moves that cannot be avoided are made
-/// whatever it says.
+/// whatever it says. Where it says nothing, the plan is as even as one from scratch, to within
+/// 0.1 % of the largest rank loads, with as few moves as were found for that.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Reach {
-    /// The most moves, over all layers; as many as help, if there is no limit.
+    /// The most moves, over all layers.
     pub max_moves: Option<usize>,
     /// What a move costs, in load: moves are made where they lower the largest rank loads, summed
     /// over layers, by more than that each.
@@ -84,6 +93,8 @@ pub(crate) struct Scratch {
     /// The next piece of each layer's frontier, steepest first.
     pieces: Vec<Piece>,
     chosen: Vec<usize>,
+    /// Layers in which walks did not lead far enough.
+    short: Vec<usize>,
 }
 
 /// From one point of a layer's frontier to the next.
@@ -129,8 +140,16 @@ impl Meter {
     }
 }
 
+impl Reach {
+    /// Whether nothing limits the moves.
+    fn is_unlimited(&self) -> bool {
+        self.max_moves.is_none() && self.min_balance.is_none() && self.move_cost == 0.0
+    }
+}
+
 impl Scratch {
-    /// Explores what moves would do to each layer.
+    /// Explores what moves would do to each layer: along the whole frontier, where nothing else says
+    /// how far, or at its end alone.
     pub(crate) fn explore(
         &mut self,
         topology: &Topology,
@@ -139,6 +158,7 @@ impl Scratch {
         load: &Load<'_>,
         previous: &Placement,
         reach: &Reach,
+        whole: bool,
     ) -> Result<()> {
         check_previous(topology, load, previous)?;
         self.ranks.set(topology, shape.kept_group_size());
@@ -163,10 +183,42 @@ impl Scratch {
                 let aim = self.aim_of_balance(balance) * NEAR;
                 self.walk_to(&[aim.max(LEAST_AIM)], budget);
             }
-            (None, None) => self.walk_to(&LEVELS, budget),
+            (None, None) if whole || reach.move_cost > 0.0 => self.walk_to(&LEVELS, budget),
+            (None, None) => self.walk_to(&LAST_LEVELS, budget),
         }
         self.list_pieces();
         Ok(())
+    }
+
+    /// The layers for which a plan from scratch may be worth having: if moves are left when all walks
+    /// are walked to their ends, or a balance is not reached, those that are not as even as any plan,
+    /// to within what is [spared](SPARED).
+    pub(crate) fn list_short(&mut self, reach: &Reach) -> &[usize] {
+        self.short.clear();
+        let (mean, mut largest) = self.mean_and_largest();
+        let mut moves = self.forced();
+        for piece in &self.pieces {
+            largest -= piece.gain;
+            moves += piece.moves;
+        }
+        let enough = reach.min_balance.map_or(0.0, |balance| mean / balance);
+        if largest > enough && reach.max_moves.is_none_or(|most| moves < most) {
+            let near = reach.min_balance.map_or(0.0, |balance| 1.0 / balance);
+            let near = self.ranks.mean() * near.max(1.0 + SPARED);
+            let layers = self.layers.iter().enumerate();
+            let short = layers.filter(|(_, layer)| f64::from(layer.level()) > near);
+            self.short.extend(short.map(|(index, _)| index));
+        }
+        &self.short
+    }
+
+    /// Takes in plans made from scratch for the layers that fell short, `[short, num_slots]`.
+    pub(crate) fn add_plans(&mut self, topology: &Topology, plans: &[Replica]) {
+        let rows = plans.chunks_exact(topology.num_slots());
+        for (&layer, row) in self.short.iter().zip(rows) {
+            self.layers[layer].add_plan(&self.ranks, topology, row, &mut self.layer);
+        }
+        self.list_pieces();
     }
 
     /// Walks to levels, given as fractions above the floor of each layer.
@@ -283,7 +335,20 @@ impl Scratch {
         let most = reach.max_moves.unwrap_or(usize::MAX);
         let mut left = most.saturating_sub(spent);
         let (mean, mut largest) = self.mean_and_largest();
-        let enough = reach.min_balance.map_or(0.0, |balance| mean / balance);
+        let enough = match reach.min_balance {
+            Some(balance) => mean / balance,
+            None if reach.is_unlimited() => {
+                let gains = self.pieces.iter().map(|piece| piece.gain);
+                let least = largest - gains.sum::<f64>();
+                let near = |level: f64| level * (1.0 + SPARED);
+                if least > near(mean) {
+                    near(least)
+                } else {
+                    near(mean)
+                }
+            }
+            None => 0.0,
+        };
         for piece in self.pieces.iter().take(pieces) {
             if piece.slope <= reach.move_cost || largest <= enough {
                 return;

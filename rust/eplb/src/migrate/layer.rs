@@ -5,6 +5,7 @@
 //! nothing on ranks that are light enough. Every step of every walk is a point of the frontier: so
 //! many moves, so heavy a heaviest rank.
 
+use super::relabel::{self, relabel};
 use super::settle::{self, settle};
 use super::table::{Ranks, Site, Table, renew, scale};
 use super::walk::{self, Step, Walker};
@@ -35,11 +36,14 @@ pub(crate) struct Scratch {
     table: Table,
     walk: walk::Scratch,
     settle: settle::Scratch,
+    relabel: relabel::Scratch,
     /// The load and the speed of each island.
     islands: Vec<(f64, f64)>,
     /// What a rank holds and has no slot for yet.
     unplaced: Vec<u32>,
     numbers: Vec<u32>,
+    /// Sites that another expert gets.
+    changed: Vec<Site>,
 }
 
 /// One layer: where it starts, and where its walks have led.
@@ -83,8 +87,7 @@ impl Layer {
             repeats,
             &mut scratch.settle,
         );
-        let came = self.start.hosts().iter().zip(&self.home);
-        let moves = came.map(|(now, then)| (now & !then).count_ones()).sum();
+        let moves = self.moves_to(&self.start);
         renew(&mut scratch.islands, ranks.num_islands(), (0.0, 0.0));
         for rank in 0..ranks.len() {
             let (load, speed) = &mut scratch.islands[ranks.island_of(rank)];
@@ -103,6 +106,12 @@ impl Layer {
             first: 0,
             end: 0,
         });
+    }
+
+    /// How many experts a table has on ranks that did not hold them before any move.
+    fn moves_to(&self, table: &Table) -> u32 {
+        let came = table.hosts().iter().zip(&self.home);
+        came.map(|(now, then)| (now & !then).count_ones()).sum()
     }
 
     /// How many moves there is no way around.
@@ -168,9 +177,66 @@ impl Layer {
         Walked { moves, above }
     }
 
+    /// Takes in a plan made from scratch, as a path on which each rank gives its slots to what one of
+    /// the plan's ranks holds: that which leaves fewest to arrive.
+    pub(crate) fn add_plan(
+        &mut self,
+        ranks: &Ranks,
+        topology: &Topology,
+        plan: &[Replica],
+        scratch: &mut Scratch,
+    ) {
+        let Scratch {
+            table,
+            unplaced,
+            changed,
+            relabel: names,
+            ..
+        } = scratch;
+        relabel(ranks, topology, &self.home, plan, names);
+        table.copy_from(&self.start);
+        let first = self.steps.len();
+        for (rank, &origin) in names.origin().iter().enumerate() {
+            let slots = topology.slots_of(ranks.gpus[origin as usize] as usize);
+            let wanted = plan[slots]
+                .iter()
+                .filter(|&&replica| replica != Replica::NONE);
+            unplaced.clear();
+            unplaced.extend(wanted.map(|replica| replica.expert));
+            changed.clear();
+            for site in ranks.slots(rank).map(|slot| Site::new(rank, slot)) {
+                let held = table.expert_in(site);
+                let stays = unplaced
+                    .iter()
+                    .position(|&expert| held == Some(expert as usize));
+                match stays {
+                    Some(place) => drop(unplaced.remove(place)),
+                    None => changed.push(site),
+                }
+            }
+            let gifts = changed.iter().zip(&*unplaced);
+            let gifts = gifts.map(|(&site, &expert)| Step::Give(site, expert));
+            self.steps.extend(gifts);
+        }
+        for step in &self.steps[first..] {
+            step.take(table, &self.weight);
+        }
+        self.points.push(Point {
+            moves: self.moves_to(table),
+            level: table.level(ranks),
+            first: first as u32,
+            end: self.steps.len() as u32,
+        });
+    }
+
     /// Keeps the points that no mixture of others beats.
     pub(crate) fn keep_hull(&mut self) {
         keep_hull(&mut self.points);
+    }
+
+    /// The lowest level on the hull.
+    pub(crate) fn level(&self) -> i32 {
+        self.points.last().map_or(0, |point| point.level)
     }
 
     /// The points, by moves.

@@ -103,6 +103,28 @@ impl Ranks {
         self.island_of[a] == self.island_of[b]
     }
 
+    /// Whether two ranks have as many slots and are as fast, so that either can do what the other does.
+    pub(crate) fn are_alike(&self, a: usize, b: usize) -> bool {
+        self.slots_of[a] == self.slots_of[b] && self.slowness[a] == self.slowness[b]
+    }
+
+    /// Whether each rank of an island has its like on another. Ranks of an island follow one another.
+    pub(crate) fn islands_are_alike(&self, a: usize, b: usize) -> bool {
+        let of =
+            |island: usize| (0..self.len()).filter(move |&rank| self.island_of(rank) == island);
+        let likes = |rank: usize, island: usize| {
+            of(island)
+                .filter(move |&other| self.are_alike(rank, other))
+                .count()
+        };
+        of(a).count() == of(b).count() && of(a).all(|rank| likes(rank, a) == likes(rank, b))
+    }
+
+    /// How many words of bits the ranks take.
+    pub(crate) fn num_words(&self) -> usize {
+        self.num_words
+    }
+
     pub(crate) fn num_islands(&self) -> usize {
         self.num_islands
     }
@@ -307,14 +329,8 @@ impl Table {
     /// Visits the ranks that hold an expert, with how often each does.
     #[inline(always)]
     pub(crate) fn each_host(&self, expert: usize, mut visit: impl FnMut(usize, i32)) {
-        for index in 0..self.num_words {
-            let mut word = self.hosts[expert * self.num_words + index];
-            while word != 0 {
-                let rank = index * 64 + word.trailing_zeros() as usize;
-                word &= word - 1;
-                visit(rank, self.times(rank, expert));
-            }
-        }
+        let hosts = &self.hosts[expert * self.num_words..][..self.num_words];
+        each_bit(hosts, |rank| visit(rank, self.times(rank, expert)));
     }
 
     /// The longest that any rank takes.
@@ -397,6 +413,18 @@ impl Table {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Visits the bits that are set, lowest first.
+#[inline(always)]
+pub(crate) fn each_bit(words: &[u64], mut visit: impl FnMut(usize)) {
+    for (index, &word) in words.iter().enumerate() {
+        let mut word = word;
+        while word != 0 {
+            visit(index * 64 + word.trailing_zeros() as usize);
+            word &= word - 1;
         }
     }
 }

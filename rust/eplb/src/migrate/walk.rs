@@ -154,12 +154,18 @@ impl<'a> Walker<'a> {
             if self.scratch.over[heavy] <= 0 || !fuel.step() {
                 return;
             }
+            // Not `or_else`: closures are compiled without the vectors that this is compiled for.
             let mut best = self.exchange_back(heavy);
-            best = best.or_else(|| self.exchange_new(heavy));
-            if step < GIVES {
+            if best.is_none() {
+                best = self.exchange_new(heavy);
+            }
+            let stuck = best.is_none();
+            if stuck {
+                best = self.exchange_nearest(heavy);
+            }
+            if stuck || step < GIVES {
                 best = self.best_give(heavy, kind, best).or(best);
             }
-            best = best.or_else(|| self.exchange_nearest(heavy));
             let Some(offer) = best else { return };
             self.take(offer.step);
             let level = self.table.level(self.ranks);
