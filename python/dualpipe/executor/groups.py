@@ -69,7 +69,7 @@ def given_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The group, or the default group for None.
 
     Raises:
-        PipelineError: ``no_group`` where there is none.
+        PipelineError: ``no_group`` where there is none, or this rank is not in it.
     """
     if group is None and not dist.is_initialized():
         raise PipelineError(
@@ -81,7 +81,15 @@ def given_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         )
     if group is None:
         group = dist.group.WORLD
-    assert group is not None
+    if not isinstance(group, dist.ProcessGroup):
+        outside = group is dist.GroupMember.NON_GROUP_MEMBER
+        raise PipelineError(
+            code="no_group",
+            argument="group",
+            got="a group without this rank" if outside else type(group).__name__,
+            expected="a process group that this rank is in",
+            hint="make executors on the group's members alone" if outside else "",
+        )
     return group
 
 
