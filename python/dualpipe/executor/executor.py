@@ -17,6 +17,7 @@ from dualpipe.executor.graphs import Graphs
 from dualpipe.executor.groups import given_group
 from dualpipe.executor.places import Places
 from dualpipe.executor.planner import Draft, Planner, Request, check_schedule
+from dualpipe.executor.products import wants_autograd
 from dualpipe.executor.report import StepReport
 from dualpipe.executor.result import StepResult, result_of
 from dualpipe.executor.runner import Runner
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.distributed_c10d import Store
 
-    from dualpipe.executor.transport.base import TensorSpec, Transport
+    from dualpipe.executor.transport.base import PairSum, TensorSpec, Transport
     from dualpipe.schedule import Costs, Schedule
 
 __all__ = ["PipelineExecutor"]
@@ -59,7 +60,8 @@ class PipelineExecutor:
             found by a dry forward, once for every combination of input shapes.
         gradients: ``"sum"`` of the micro-batches' gradients, as published, or their ``"mean"``.
         reduce_copies: Sum the gradients of a stage's copies, once per optimizer step, and check
-            before the first that the copies are equal.
+            before the first that the copies are equal: by all-reduce, a stage at a time, or with
+            ``"pairs"`` by the transport where it can (``"push"``, two copies), a weight at a time.
         transport: ``"auto"``, ``"push"``, ``"nccl"``, ``"gloo"``, or a transport that is made already.
         device: Where inputs of stages live; by default where the first parameter does.
         limit_s: How long a wait for another rank may last.
@@ -69,11 +71,14 @@ class PipelineExecutor:
             (:func:`~dualpipe.executor.seed_of`), so that dropout does not depend on the schedule.
         graphs: On GPUs, run stages as CUDA graphs: always, never, or with ``"auto"`` where their
             launches are the limit; see :class:`~dualpipe.executor.graphs.Graphs`.
+        fuse_accumulation: Let the product that computes a weight's gradient add it to ``.grad`` as
+            well, which rounds once instead of twice; see :mod:`~dualpipe.executor.products`. By
+            default on GPUs; on CPUs gradients are bit for bit those of autograd.
         measure: Measure every step, for :meth:`report`; the attribute may be set between steps.
 
     Raises:
         PipelineError: ``no_group``, ``schedule``, ``limit_s``, ``group_size``, ``ranks``,
-            ``stages``, ``device``, ``gradients``, ``graphs``, ``transport``.
+            ``stages``, ``device``, ``gradients``, ``graphs``, ``reduce_copies``, ``transport``.
     """
 
     def __init__(
@@ -86,13 +91,14 @@ class PipelineExecutor:
         batch_dim: int = 0,
         boundaries: Sequence[TensorSpec] | Sequence[Sequence[TensorSpec]] | None = None,
         gradients: str = "sum",
-        reduce_copies: bool = True,
+        reduce_copies: bool | str = True,
         transport: str | Transport = "auto",
         device: torch.device | None = None,
         limit_s: float = 300.0,
         store: Store | None = None,
         seed: int | None = None,
         graphs: bool | str = "auto",
+        fuse_accumulation: bool | None = None,
         measure: bool = False,
     ) -> None:
         self.group = given_group(group)
@@ -119,11 +125,16 @@ class PipelineExecutor:
         self._agreement.root = self._places.group_ranks[schedule.num_ranks // 2]
         self.rank = self._places.rank
         self.stages = self._places.stages
+        if fuse_accumulation is None:
+            fuse_accumulation = self.device.type == "cuda"
+        for stage in self.stages.values():
+            stage.gradient.products = fuse_accumulation and not wants_autograd(stage.module)
         self.transport = make_transport(transport, self.group, self.device, limit_s)
         self._copies: Copies | None = None
         if reduce_copies and schedule.num_copies > 1:
             modules = {stage.index: stage.module for stage in self.stages.values()}
-            self._copies = Copies(modules, self._places.holders, limit_s)
+            pairs = self._pairs() if reduce_copies == "pairs" else {}
+            self._copies = Copies(modules, self._places.holders, limit_s, pairs)
         self._compared = False
         self._planner = Planner(
             schedule, self._places, self._agreement, self._copies, batch_dim, self.device
@@ -252,6 +263,12 @@ class PipelineExecutor:
             raise
         finally:
             self._runner.end()
+
+    def _pairs(self) -> dict[int, PairSum]:
+        """What the transport sums gradients with, by stage."""
+        mirrors = self._places.mirrors
+        sums = self.transport.pair_sums(sorted(set(mirrors.values())))
+        return {stage: sums[peer] for stage, peer in mirrors.items() if peer in sums}
 
     def _lead(self, draft: Draft, settings: Settings) -> Exception | None:
         """Starts a step that the ranks have not agreed on yet; what was raised, to be kept until
@@ -385,6 +402,7 @@ class PipelineExecutor:
         try:
             self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
             _one_of("graphs", graphs, (True, False, "auto"))
+            _one_of("reduce_copies", kinds["reduce_copies"], (True, False, "pairs"))
             self._places = Places(stages, self.schedule, self.group, ranks)
             self.device = device or self._places.device
         except PipelineError as error:

@@ -76,6 +76,16 @@ class Places:
         }
 
     @cached_property
+    def mirrors(self) -> dict[int, int]:
+        """The group's rank that holds the only other copy of each stage of this rank, if one does."""
+        copies = range(len(self._placement))
+        return {
+            stage: self.peers[stage, 1 - copy]
+            for stage, copy in self.stages
+            if len(copies) == 2 and (stage, 1 - copy) not in self.stages
+        }
+
+    @cached_property
     def device(self) -> torch.device:
         """Where the parameters of the stages live; the CPU where there is none.
 

@@ -39,6 +39,7 @@ _TRANSFER = {
     Kind.SEND_B: ("send_backward", Kind.B, -1),
     Kind.RECV_B: ("receive_backward", Kind.B, +1),
 }
+_COMPLETES = {Kind.B, Kind.W, Kind.OVERLAP_B}
 # What stands between a pair and the weight part that its hook has left alone.
 _BETWEEN = {Kind.OVERLAP_B, Kind.SEND_F, Kind.SEND_B}
 
@@ -72,6 +73,10 @@ class Stream:
         self._peers = peers
         self._transport = transport
         self._streams = streams
+        self._copies = copies
+        # The last backward of every stage completes its gradients.
+        ends = {i[1::2]: i for i in instructions if i.kind in _COMPLETES}
+        self._last = set(ends.values())
         self.at = 0
         """Which instruction is being run."""
         self.instructions: list[Instruction] = []
@@ -144,7 +149,10 @@ class Stream:
 
     def _compute(self, instruction: Instruction) -> Action:
         stage = self._stages[instruction.stage, instruction.copy]
-        return partial(getattr(stage, _COMPUTE[instruction.kind]), instruction.micro_batch)
+        action = partial(getattr(stage, _COMPUTE[instruction.kind]), instruction.micro_batch)
+        if instruction in self._last and self._copies is not None:
+            return partial(self._copies.last, stage, action)
+        return action
 
     def _pair(self, first: Instruction, second: Instruction) -> Action | None:
         forward = self._stages[first.stage, first.copy]
@@ -191,7 +199,7 @@ class Stream:
         """
         released = {}
         for index, (kind, stage, m, copy) in enumerate(self._given):
-            last = kind in {Kind.B, Kind.W, Kind.OVERLAP_B}
+            last = kind in _COMPLETES
             if last if training else kind in {Kind.F, Kind.OVERLAP_F, Kind.WAIT_SEND_F}:
                 released[stage, m, copy] = index
         found = []
