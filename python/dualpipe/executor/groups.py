@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["given_group", "make_group", "waiting"]
 
 _SET_UP = timedelta(seconds=60)
+
+# The place in its source, and advice for those who know no more than it does.
+_GLOO = re.compile(r"^\[\S+\] |\. This is typically .*")
 
 # Without an underscore since PyTorch 2.15.
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
@@ -105,7 +109,7 @@ def waiting(limit_s: float, peer: int | None = None) -> Iterator[None]:
     except (RuntimeError, TimeoutError) as error:
         if isinstance(error, PipelineError):
             raise
-        text = str(error).partition("\n")[0] or "timed out"
+        text = _GLOO.sub("", str(error).partition("\n")[0]) or "timed out"
         late = "timed out" in text.lower() or "timeout" in text.lower()
         raise PeerLostError(
             code="limit" if late else "closed",
