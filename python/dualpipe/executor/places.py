@@ -160,7 +160,7 @@ def held_stages(
         if holder == rank
     ]
     lone: Any = given
-    if isinstance(lone, nn.Module) and not isinstance(lone, nn.ModuleList):
+    if isinstance(lone, nn.Module) and not isinstance(lone, (nn.ModuleList, nn.Sequential)):
         raise PipelineError(
             code="stages",
             argument="stages",
