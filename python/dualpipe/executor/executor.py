@@ -16,7 +16,7 @@ from dualpipe.executor.copies import Copies
 from dualpipe.executor.graphs import Graphs
 from dualpipe.executor.groups import given_group
 from dualpipe.executor.places import Places
-from dualpipe.executor.planner import Draft, Planner, Request
+from dualpipe.executor.planner import Draft, Planner, Request, check_schedule
 from dualpipe.executor.products import wants_autograd
 from dualpipe.executor.report import StepReport
 from dualpipe.executor.result import StepResult, result_of
@@ -77,8 +77,8 @@ class PipelineExecutor:
         measure: Measure every step, for :meth:`report`; the attribute may be set between steps.
 
     Raises:
-        PipelineError: ``no_group``, ``group_size``, ``ranks``, ``stages``, ``gradients``,
-            ``graphs``, ``reduce_copies``, ``transport``.
+        PipelineError: ``no_group``, ``schedule``, ``limit_s``, ``group_size``, ``ranks``,
+            ``stages``, ``device``, ``gradients``, ``graphs``, ``reduce_copies``, ``transport``.
     """
 
     def __init__(
@@ -102,6 +102,14 @@ class PipelineExecutor:
         measure: bool = False,
     ) -> None:
         self.group = given_group(group)
+        check_schedule(schedule)
+        if not 0 < limit_s < float("inf"):
+            raise PipelineError(
+                code="limit_s",
+                argument="limit_s",
+                got=repr(limit_s),
+                expected="a number of seconds above 0",
+            )
         self.schedule = schedule
         self.boundaries = boundaries
         self.seed = seed
@@ -113,11 +121,10 @@ class PipelineExecutor:
             "reduce_copies": reduce_copies,
             "store": store is not None,
         }
-        token = self._settle(stages, ranks, gradients, graphs, kinds)
+        token = self._settle(stages, ranks, device, gradients, graphs, kinds)
         self._agreement.root = self._places.group_ranks[schedule.num_ranks // 2]
         self.rank = self._places.rank
         self.stages = self._places.stages
-        self.device = device or self._places.device
         if fuse_accumulation is None:
             fuse_accumulation = self.device.type == "cuda"
         for stage in self.stages.values():
@@ -186,17 +193,23 @@ class PipelineExecutor:
             PeerLostError: A rank is gone, stopped, too late, or has raised. Every rank raises it,
                 at most ``limit_s`` and 2 s after; it names the ranks at fault.
         """
-        if self._broken is not None:
+        if self._broken is not None or self._closed:
             raise PipelineError(
-                code="broken",
+                code="closed" if self._broken is None else "broken",
                 argument="executor",
-                got="its last step broke off",
+                got="closed" if self._broken is None else "its last step broke off",
                 expected="one whose steps have ended",
-                hint="close it and make a new one",
+                hint="make a new one" if self._broken is None else "close it and make a new one",
             ) from self._broken
+        if schedule is None:
+            schedule = self.schedule
+        try:
+            check_schedule(schedule)
+        except PipelineError as error:
+            self.refuse(error)
         training = torch.is_grad_enabled()
         request = Request(
-            schedule=self.schedule if schedule is None else schedule,
+            schedule=schedule,
             training=training,
             reducing=training and not accumulate and self._copies is not None,
             boundaries=self.boundaries,
@@ -217,7 +230,7 @@ class PipelineExecutor:
                 settings = Settings(
                     training=training,
                     criterion=criterion,
-                    loss_scale=1 / request.schedule.num_micro_batches if self._mean else 1.0,
+                    loss_scale=1 / schedule.num_micro_batches if self._mean else 1.0,
                     return_outputs=return_outputs,
                     seed=None if self.seed is None else (self.seed, self.num_steps),
                 )
@@ -379,6 +392,7 @@ class PipelineExecutor:
         self,
         stages: Mapping[Any, nn.Module] | Sequence[nn.Module],
         ranks: Sequence[int] | None,
+        device: torch.device | None,
         gradients: str,
         graphs: bool | str,
         kinds: Mapping[str, Any],
@@ -390,6 +404,7 @@ class PipelineExecutor:
             _one_of("graphs", graphs, (True, False, "auto"))
             _one_of("reduce_copies", kinds["reduce_copies"], (True, False, "pairs"))
             self._places = Places(stages, self.schedule, self.group, ranks)
+            self.device = device or self._places.device
         except PipelineError as error:
             own = error
         placement = self.schedule.placement.tolist()

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from dualpipe.errors import PipelineError
 from dualpipe.executor.graphs import GraphedStage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from torch import nn
 
     from dualpipe.executor.stage import Stage
     from dualpipe.schedule import Schedule
@@ -33,7 +32,7 @@ class Places:
         ranks: The pipeline rank of each of them; None where they are the same.
 
     Raises:
-        PipelineError: ``group_size``, ``ranks``, ``stages``.
+        PipelineError: ``group_size``, ``ranks``, ``stages``, ``device``.
     """
 
     def __init__(
@@ -88,11 +87,27 @@ class Places:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the first parameter of the stages lives; the CPU where there is none."""
-        for stage in self.stages.values():
-            for parameter in stage.module.parameters():
-                return parameter.device
-        return torch.device("cpu")
+        """Where the parameters of the stages live; the CPU where there is none.
+
+        Raises:
+            PipelineError: ``device`` where they live on several.
+        """
+        found = {
+            parameter.device: index
+            for (index, _), stage in self.stages.items()
+            for parameter in stage.module.parameters()
+        }
+        if len(found) > 1:
+            raise PipelineError(
+                code="device",
+                argument="stages",
+                got=", ".join(
+                    f"parameters of stage {i} on {device}" for device, i in found.items()
+                ),
+                expected="modules on one device",
+                hint="move them there, or say by `device` where their inputs live",
+            )
+        return next(iter(found), torch.device("cpu"))
 
 
 def group_ranks(ranks: Sequence[int] | None, num_ranks: int, group_size: int) -> list[int]:
@@ -144,6 +159,14 @@ def held_stages(
         for stage, holder in enumerate(row)
         if holder == rank
     ]
+    lone: Any = given
+    if isinstance(lone, nn.Module) and not isinstance(lone, (nn.ModuleList, nn.Sequential)):
+        raise PipelineError(
+            code="stages",
+            argument="stages",
+            got=f"a module, {type(lone).__name__}",
+            expected="a mapping from stage to module, or a list of modules",
+        )
     if isinstance(given, Mapping):
         modules = {key if isinstance(key, tuple) else (key, 0): m for key, m in given.items()}
     else:
@@ -155,6 +178,14 @@ def held_stages(
             got=f"modules for {sorted(modules)}" if modules else f"{len(given)} modules",
             expected=f"one for each stage and copy on pipeline rank {rank}: {places}",
         )
+    for (stage, _), module in modules.items():
+        if not isinstance(module, nn.Module):
+            raise PipelineError(
+                code="stages",
+                argument="stages",
+                got=f"a {type(module).__name__} for stage {stage}",
+                expected="a torch.nn.Module for every stage",
+            )
     stages: dict[tuple[int, int], Stage] = {
         (stage, copy): GraphedStage(modules[stage, copy], stage, copy, schedule.num_stages)
         for stage, copy in places

@@ -13,6 +13,7 @@ from dualpipe.errors import PipelineError
 from dualpipe.executor.boundary import given_boundaries
 from dualpipe.executor.microbatches import signature
 from dualpipe.executor.plan import Batch, Plan, find_boundaries
+from dualpipe.schedule import Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,8 @@ if TYPE_CHECKING:
     from dualpipe.executor.boundary import Boundary
     from dualpipe.executor.copies import Copies
     from dualpipe.executor.places import Places
-    from dualpipe.schedule import Schedule
 
-__all__ = ["Draft", "Planner", "Request"]
+__all__ = ["Draft", "Planner", "Request", "check_schedule"]
 
 _MAX_PLANS = 64
 """Plans are kept for so many combinations of shapes."""
@@ -109,6 +109,14 @@ class Planner:
                 self._copies.begin()
         except PipelineError as error:
             own = error
+        except Exception as error:
+            own = PipelineError(
+                code="arguments",
+                argument="arguments",
+                got=f"{type(error).__name__}: {error}",
+                expected="such as can be cut into micro-batches",
+            )
+            own.__cause__ = error
         equal = {
             "num_micro_batches": schedule.num_micro_batches,
             "schedule": self._digest(schedule),
@@ -147,6 +155,7 @@ class Planner:
 
     def _check(self, request: Request) -> None:
         schedule = request.schedule
+        self._check_kwargs(request.kwargs)
         if schedule is not self._schedule and not np.array_equal(
             schedule.placement, self._schedule.placement
         ):
@@ -173,6 +182,18 @@ class Planner:
                 got="None",
                 expected="a loss function, since the last stage is on this rank",
             )
+
+    def _check_kwargs(self, kwargs: Mapping[Any, Any]) -> None:
+        copies, stages = self._schedule.placement.shape
+        for key in kwargs:
+            stage, copy = key if isinstance(key, tuple) and len(key) == 2 else (key, 0)
+            if not isinstance(key, str) and not (stage in range(stages) and copy in range(copies)):
+                raise PipelineError(
+                    code="kwargs",
+                    argument="kwargs",
+                    got=f"key {key!r}",
+                    expected=f"names, stages from 0 to {stages - 1}, or pairs of stage and copy",
+                )
 
     def _make(self, request: Request, batch: Batch) -> Plan:
         schedule, training = request.schedule, request.training
@@ -209,6 +230,22 @@ class Planner:
             content = hashlib.blake2b(schedule.text().encode(), digest_size=8).hexdigest()
             known = self._digests[id(schedule)] = schedule, f"{schedule!r} {content}"
         return known[1]
+
+
+def check_schedule(schedule: Any) -> None:
+    """Refuses what is no schedule.
+
+    Raises:
+        PipelineError: ``schedule``.
+    """
+    if not isinstance(schedule, Schedule):
+        raise PipelineError(
+            code="schedule",
+            argument="schedule",
+            got=repr(schedule),
+            expected="a Schedule",
+            hint="make one by Schedule.generate(method, num_ranks, num_micro_batches)",
+        )
 
 
 def _autocast(device: torch.device) -> str | None:
