@@ -83,6 +83,20 @@ test-python: tools $(STAMPS)/test $(STAMPS)/installed ## Python tests, on the bu
 test-slow: tools $(STAMPS)/test $(STAMPS)/installed ## The long tests: a million random inputs
 	@$(STEP) 'slow python tests' $(BIN)/pytest -m slow -o faulthandler_timeout=3600
 
+# Beside .venv, whose torch it shares: the engines pin versions of their own.
+ENGINES := $(VENV)-engines
+$(ENGINES)/.made: tests/engines/requirements.txt $(STAMPS)/test
+	@$(STEP) 'environment of the engines' $(BIN)/python -m venv --clear $(ENGINES)
+	@$(STEP) 'engines, without their dependencies' $(ENGINES)/bin/python -m pip install --quiet \
+		--no-deps --requirement tests/engines/requirements.txt
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % \
+		sysconfig.get_path("purelib"))' > $$(echo $(ENGINES)/lib/python3*/site-packages)/shared.pth
+	@touch $@
+
+.PHONY: test-engines
+test-engines: tools $(STAMPS)/test $(STAMPS)/installed $(ENGINES)/.made ## The plug-ins in vLLM's and SGLang's own modules (Linux, 400 MB)
+	@$(STEP) 'tests in the engines' $(ENGINES)/bin/python -m pytest tests/engines -o addopts=--import-mode=importlib
+
 # The stub on its own: with the package around it, stubtest reads all of torch.
 STUBS := $(VENV)/stubs
 
@@ -124,6 +138,10 @@ bench: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time everythi
 	@$(STEP) 'schedules' $(BIN)/python benches/schedules.py
 	@$(STEP) 'tables of the schedule page' $(BIN)/python benches/schedule_tables.py
 	@$(STEP) 'figures in README.md' $(BIN)/python benches/readme_figures.py
+
+.PHONY: bench-gpu
+bench-gpu: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time an expert-parallel layer and its moves; needs two GPUs
+	@$(STEP) 'experts on two GPUs' $(BIN)/python benches/moe_layer.py
 
 .PHONY: wheel
 wheel: tools dist/.built ## Build the release wheel in dist/

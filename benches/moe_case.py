@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -63,13 +64,13 @@ class Rank:
         dist.all_gather_object(every, value, group=self._side)
         return every
 
-    def timed(self, work: Callable[[], object]) -> float:
+    def timed(self, work: Callable[..., object], *args: Any) -> float:
         """Milliseconds from a common start to the end of the last rank."""
         self.wait()
         start = max(self.gathered(time.perf_counter())) + 1e-3
         while time.perf_counter() < start:
             pass
-        work()
+        work(*args)
         self.wait()
         return 1e3 * (max(self.gathered(time.perf_counter())) - start)
 
@@ -196,8 +197,7 @@ def check(rank: Rank, case: Case, experts: Experts) -> dict[str, Any]:
     predicted = predicted_tokens(case.plan, counts)[0].reshape(RANKS, slots)
     with torch.no_grad():
         made = layer.begin(case.x, case.gate_TK, case.expert_TK)
-    came = made._exchange.groups.end_S.diff(prepend=made._exchange.groups.end_S.new_zeros(1))
-    assert came.tolist() == predicted[rank.rank].tolist(), "rows as predicted"
+    assert made.rows_by_slot.tolist() == predicted[rank.rank].tolist(), "rows as predicted"
     out = case.step()
 
     def apart(got: Tensor, wanted: Tensor) -> float:
@@ -291,11 +291,27 @@ def make_case(
     return Case(layer, plan, expert_TK, gates, normal().requires_grad_(), normal())
 
 
+def summary(times: list[float]) -> dict[str, Any]:
+    """Of milliseconds."""
+    found = measuring.quantiles(1e3 * t for t in times)
+    return {
+        "passes": found["calls"],
+        **{f"{k[:-3]} ms": round(found[k] / 1e3, 3) for k in ("best_us", "median_us", "p99_us")},
+        "max ms": round(max(times), 3),
+    }
+
+
+def ratio(times: list[float], to: list[float]) -> list[float]:
+    """Quartiles of the ratios."""
+    ratios = [a / b for a, b in zip(times, to, strict=True)]
+    return [round(q, 4) for q in statistics.quantiles(ratios, n=4, method="inclusive")]
+
+
 class Bench:
     """What all parts share: the plans, the weights and the cases."""
 
-    def __init__(self, rank: Rank, sizes: Sizes, rounds: int) -> None:
-        self.rank, self.sizes, self.rounds = rank, sizes, rounds
+    def __init__(self, rank: Rank, sizes: Sizes, rounds: int, *, fused: bool) -> None:
+        self.rank, self.sizes, self.rounds, self.fused = rank, sizes, rounds, fused
         self.experts = Experts(sizes, rank.device)
         self.loads, self.chosen, self.imbalance = two_loads(sizes)
         slots = sizes.experts // RANKS
@@ -320,4 +336,5 @@ class Bench:
             plan.topology, plan.phy2log[layer : layer + 1], plan.expert_load[layer : layer + 1]
         )
         chosen = drawn(load, self.sizes, self.rank.rank, self.rank.device)
+        options = {"fused": self.fused, **options}
         return make_case(weights[layer], one, chosen, self.sizes, self.rank, **options)

@@ -1,6 +1,7 @@
 """Times an expert-parallel layer and moves of its experts on two GPUs.
 
-    python benches/moe_layer.py [--rounds 20] [--output benches/results/moe_layer.json]
+    python benches/moe_layer.py [--rounds 20] [--fused] [--output benches/results/moe_layer.json]
+    python benches/moe_layer.py --alone --output ...    on one GPU, each rank's share in turn
 
 DeepSeek-V3's experts (hidden 7168, intermediate 2048, 256 experts, 8 of them for each of 8,192
 tokens a rank, bf16), one layer, forward and backward. Choices are drawn from the loads of two
@@ -23,7 +24,6 @@ expert against a direct computation in float32; every expert's weights after eve
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -32,17 +32,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import eplb_rs
 import measuring
 import numpy as np
 import torch
-import torch.distributed as dist
 from eplb_rs.moe import ExpertMover, ExpertWeights, predicted_tokens, sum_replica_gradients
 from moe_case import (
     FULL,
-    MIB,
     RANKS,
     TINY,
     Bench,
@@ -53,26 +51,16 @@ from moe_case import (
     check,
     drawn,
     make_case,
+    ratio,
+    summary,
     two_loads,
 )
+from moe_moves import between_part, moves_part
+
+if TYPE_CHECKING:
+    import argparse
 
 LIMIT_S = 240
-
-
-def summary(times: list[float]) -> dict[str, Any]:
-    """Of milliseconds."""
-    found = measuring.quantiles(1e3 * t for t in times)
-    return {
-        "passes": found["calls"],
-        **{f"{k[:-3]} ms": round(found[k] / 1e3, 3) for k in ("best_us", "median_us", "p99_us")},
-        "max ms": round(max(times), 3),
-    }
-
-
-def ratio(times: list[float], to: list[float]) -> list[float]:
-    """Quartiles of the ratios."""
-    ratios = [a / b for a, b in zip(times, to, strict=True)]
-    return [round(q, 4) for q in statistics.quantiles(ratios, n=4, method="inclusive")]
 
 
 def layer_part(bench: Bench) -> dict[str, Any]:
@@ -106,7 +94,7 @@ def layer_part(bench: Bench) -> dict[str, Any]:
                 times[name].append(took)
             if name in sums and number < 10:
                 grads = [{"gate_up": case.layer.gate_up.grad, "down": case.layer.down.grad}]
-                sums[name].append(rank.timed(lambda: sum_replica_gradients(grads, case.plan)))
+                sums[name].append(rank.timed(sum_replica_gradients, grads, case.plan))
             case.forget()
     for name, case in cases.items():
         entry = found["cases"][name]
@@ -121,128 +109,6 @@ def layer_part(bench: Bench) -> dict[str, Any]:
     if rank.device.type == "cuda":
         found["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     mover.apply(bench.new, bench.old)
-    return found
-
-
-def moves_part(bench: Bench) -> dict[str, Any]:
-    """How fast moves run, beside NCCL's own send and receive."""
-    rank, sizes = bench.rank, bench.sizes
-    other = 1 - rank.rank
-    out, into = torch.randint(
-        0, 255, (2, sizes.message), dtype=torch.uint8, device=rank.device
-    ).unbind()
-
-    def exchanged(count: int) -> None:
-        for _ in range(count):
-            works = dist.batch_isend_irecv(
-                [dist.P2POp(dist.isend, out, other), dist.P2POp(dist.irecv, into, other)]
-            )
-            for work in works:
-                work.wait()
-
-    # Every layer of a model whose experts all change sides.
-    slots = sizes.experts // RANKS // sizes.layers
-    held = bench.weights[0]
-    weights = ExpertWeights.adopt(
-        [
-            {name: tensor[n * slots : (n + 1) * slots] for name, tensor in held.items()}
-            for n in range(sizes.layers)
-        ]
-    )
-    topology = eplb_rs.Topology(1, RANKS, slots)
-    half = np.arange(sizes.experts).reshape(RANKS, sizes.layers, slots)
-    numbers = half.transpose(1, 0, 2).reshape(sizes.layers, -1)
-    local = np.tile(np.arange(RANKS * slots), (sizes.layers, 1))
-    load = np.ones(local.shape)
-    there = eplb_rs.Plan.from_phy2log(topology, local, load)
-    back = eplb_rs.Plan.from_phy2log(topology, np.roll(local, slots, axis=1), load)
-    swapped = np.roll(numbers, slots, axis=1)
-    count = max(1, weights.expert_bytes * slots * sizes.layers // sizes.message)
-    found: dict[str, Any] = {}
-    rates: dict[str, list[float]] = {"NCCL": []}
-    exchanged(2)
-    for limit in (64 * MIB, 256 * MIB, 1024 * MIB):
-        mover = ExpertMover(weights, max_bytes_in_flight=limit)
-        rates[f"mover, {limit // MIB} MiB in flight"] = own = []
-        at, to = there, back
-        mover.apply(at, to)
-        at, to = to, at
-        for number in range(5):
-            took = rank.timed(lambda: mover.apply(at, to))
-            at, to = to, at
-            own.append(mover.stats.bytes_received / took / 1e6)
-            if number < 3:
-                took = rank.timed(lambda: exchanged(count))
-                rates["NCCL"].append(count * sizes.message / took / 1e6)
-        bench.experts.check(weights, numbers if at is there else swapped, rank.rank)
-    best = statistics.median(rates["NCCL"])
-    found["GB/s each way"] = {n: round(statistics.median(r), 1) for n, r in rates.items()}
-    found["of NCCL's"] = {n: round(statistics.median(r) / best, 4) for n, r in rates.items()}
-    found["moved GB to each rank"] = round(mover.stats.bytes_received / 1e9, 2)
-    # The plans of the layers above: few experts, two layers.
-    mover = ExpertMover(bench.weights)
-    took = [
-        rank.timed(lambda: mover.apply(*pair))
-        for _ in range(4)
-        for pair in ((bench.old, bench.new), (bench.new, bench.old))
-    ]
-    found["two layers rebalanced"] = {
-        "experts received": mover.stats.received,
-        "ms": round(statistics.median(took), 3),
-        "GB/s each way": round(mover.stats.bytes_received / statistics.median(took) / 1e6, 1),
-    }
-    bench.experts.check(bench.weights, bench.old.phy2log, rank.rank)
-    return found
-
-
-def between_part(bench: Bench) -> dict[str, Any]:
-    """Passes with a step of a move before them, and passes without, in turn."""
-    rank = bench.rank
-    found = {}
-    for name, work, limit in (
-        ("forward and backward, 256 MiB in flight", bench.ideal.step, 256 * MIB),
-        ("forward, 176 MiB in flight", bench.ideal.forward, 176 * MIB),
-        ("forward, 88 MiB in flight", bench.ideal.forward, 88 * MIB),
-    ):
-        mover = ExpertMover(bench.weights, max_bytes_in_flight=limit)
-        plans = bench.old, bench.new
-        plain: list[float] = []
-        stepped: list[float] = []
-        begins: list[float] = []
-        steps, host = 0, 0.0
-
-        def with_step() -> None:
-            mover.step()
-            work()
-
-        for number in range(6 * bench.rounds + 6):
-            if not mover.busy:
-                plans_now = plans
-                begins.append(rank.timed(lambda: mover.begin(*plans_now)))
-                plans = plans[1], plans[0]
-            took = rank.timed(work)
-            with_one = rank.timed(with_step)
-            if number >= 6:
-                plain.append(took)
-                stepped.append(with_one)
-                steps += 1
-        while mover.busy:
-            with_step()
-            rank.wait()
-        host = mover.stats.seconds
-        bench.experts.check(bench.weights, plans[0].phy2log, rank.rank)
-        if plans[0] is not bench.old:
-            mover.apply(*plans)
-        found[name] = {
-            "plain": summary(plain),
-            "with a step": summary(stepped),
-            "with / plain": ratio(stepped, plain),
-            "medians": round(statistics.median(stepped) / statistics.median(plain), 4),
-            "p99 / p99": round(summary(stepped)["p99 ms"] / summary(plain)["p99 ms"], 4),
-            "begin ms": round(statistics.median(begins), 3),
-            "moves": len(begins),
-            "host ms of the last move": round(1e3 * host, 3),
-        }
     return found
 
 
@@ -304,7 +170,7 @@ def profile_part(bench: Bench) -> dict[str, Any]:
     }
 
 
-def alone(rank: Rank, sizes: Sizes, rounds: int) -> dict[str, Any]:
+def alone(rank: Rank, sizes: Sizes, rounds: int, *, fused: bool) -> dict[str, Any]:
     """Each rank's share of the layer in turn on one GPU; copies in its memory stand for exchanges.
 
     A rank's share has as many rows in each slot as it gets among two.
@@ -338,7 +204,7 @@ def alone(rank: Rank, sizes: Sizes, rounds: int) -> dict[str, Any]:
         )
         by_rank = predicted_tokens(one, counts[None])[0].reshape(RANKS, -1)
         tokens[name] = by_rank.sum(axis=1).tolist()
-        shares[name] = [share_of(rank, sizes, held, rows) for rows in by_rank]
+        shares[name] = [share_of(rank, sizes, held, rows, fused) for rows in by_rank]
     times: dict[str, list[list[float]]] = {name: [[] for _ in range(RANKS)] for name in shares}
     for number in range(rounds + 3):
         for name, ranks in shares.items():
@@ -359,7 +225,7 @@ def alone(rank: Rank, sizes: Sizes, rounds: int) -> dict[str, Any]:
     }
 
 
-def share_of(rank: Rank, sizes: Sizes, held: ExpertWeights, rows: Any) -> Case:
+def share_of(rank: Rank, sizes: Sizes, held: ExpertWeights, rows: Any, fused: bool) -> Case:
     """A layer of one rank whose slots get so many rows."""
     number = len(rows)
     plan = eplb_rs.Plan.from_phy2log(
@@ -371,7 +237,7 @@ def share_of(rank: Rank, sizes: Sizes, held: ExpertWeights, rows: Any) -> Case:
     ids = torch.nn.functional.pad(ids, (0, -len(ids) % sizes.top_k), value=-1)
     chosen = ids.view(-1, sizes.top_k)
     weights = {name: tensor[:number] for name, tensor in held[0].items()}
-    return make_case(weights, plan, chosen, sizes, rank)
+    return make_case(weights, plan, chosen, sizes, rank, fused=fused)
 
 
 PARTS = {
@@ -387,11 +253,15 @@ def worker(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     sizes = TINY if args.tiny else FULL
     rank = Rank(args.rank, 1 if args.alone else RANKS, folder)
-    bench = None if args.alone else Bench(rank, sizes, args.rounds)
+    bench = None if args.alone else Bench(rank, sizes, args.rounds, fused=args.fused)
     found: dict[str, Any] = {}
     for name in ["alone"] if args.alone else args.parts:
         begun = time.monotonic()
-        found[name] = alone(rank, sizes, args.rounds) if bench is None else PARTS[name](bench)
+        found[name] = (
+            alone(rank, sizes, args.rounds, fused=args.fused)
+            if bench is None
+            else PARTS[name](bench)
+        )
         print(f"{name}: {time.monotonic() - begun:.1f} s", flush=True)
         # What was found stands, should the next part fail.
         (folder / f"{args.rank}.json").write_text(json.dumps(found))
@@ -404,7 +274,7 @@ def launched(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--folder", folder, "--rounds", str(args.rounds)]
         command += ["--parts", *args.parts, *(["--tiny"] if args.tiny else [])]
-        command += ["--alone"] if args.alone else []
+        command += [f"--{flag}" for flag in ("alone", "fused") if getattr(args, flag)]
         ranks = [
             subprocess.Popen(
                 [*command, "--rank", str(rank)],
@@ -444,6 +314,7 @@ def main() -> None:
                         choices=[*PARTS])  # fmt: skip
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="for all parts together")
     parser.add_argument("--tiny", action="store_true", help="tiny experts, to try the program")
+    parser.add_argument("--fused", action="store_true", help="with the layer's triton kernels")
     parser.add_argument(
         "--alone", action="store_true", help="on one GPU: each rank's share in turn"
     )
@@ -454,7 +325,11 @@ def main() -> None:
         worker(args)
         return
     results = launched(args)
-    measuring.write(args.output, {"gpus": gpus(), "results": results}, args.commit)
+    kind = {"gpus": gpus(), "fused": args.fused}
+    measuring.write(args.output, {**kind, "results": results}, args.commit)
+    parts = ["alone"] if args.alone else args.parts
+    if missing := [part for part in parts if part not in results]:
+        sys.exit(f"without {', '.join(missing)}, which failed")
 
 
 if __name__ == "__main__":

@@ -151,8 +151,11 @@ def _world(
     # A rank that is stopped from outside, and goes on, is like any other.
     noticed = os.WUNTRACED | os.WCONTINUED if lossy else 0
     stopped: set[int] = set()
-    while ranks.keys() - stopped and time.monotonic() < end:
+    moving = time.monotonic()
+    while ranks and time.monotonic() < min(end, moving + 0.5):
         yield None
+        if ranks.keys() - stopped:
+            moving = time.monotonic()
         for pid, rank in list(ranks.items()):
             changed, status = os.waitpid(pid, os.WNOHANG | noticed)
             if not changed:

@@ -87,6 +87,7 @@ def layers_refuse(rank, size):
         "out_of_range: layer": code_of(lambda: made(layer=LAYERS)),
         "unknown: activation": code_of(lambda: made(activation="tanh")),
         "not_positive: capacity": code_of(lambda: made(capacity=0)),
+        "inconsistent: kernels without a GPU": code_of(lambda: made(fused=True)),
         "not_integer: rows": code_of(lambda: made(row_multiple=1.5)),
         "out_of_range: choices": code_of(lambda: TopKRouter(HIDDEN, EXPERTS, EXPERTS + 1)),
         "wrong_shape: width": code_of(passed(torch.zeros(4, HIDDEN + 1))),
@@ -279,6 +280,25 @@ def quantised(rank, size):
             assert weights.checksum(layer, slot) == wanted.checksum(layer, slot)
 
 
+def slices_of_one_tensor(rank, size):
+    """Layers that are parts of one tensor share its count of changes, and move all the same."""
+    plan, other = random_plan(0), random_plan(1)
+
+    def held(plan):
+        slots = plan.phy2log[:, rank * SLOTS : (rank + 1) * SLOTS]
+        return torch.from_numpy(slots + EXPERTS * np.arange(LAYERS)[:, None])
+
+    whole = held(plan)[..., None] * torch.ones(3, dtype=torch.int64)
+    weights = ExpertWeights.adopt([{"weight": layer} for layer in whole])
+    mover = ExpertMover(weights)
+    mover.apply(plan, other)
+    assert torch.equal(whole[..., 0], held(other))
+    mover.begin(other, plan)
+    while mover.step():
+        dist.barrier()
+    assert torch.equal(whole[..., 2], held(plan))
+
+
 TOGETHER = [
     layers_refuse,
     movers_refuse,
@@ -287,6 +307,7 @@ TOGETHER = [
     with_a_dead_rank,
     without_tokens,
     quantised,
+    slices_of_one_tensor,
 ]
 
 
@@ -321,6 +342,6 @@ def test_dead_ranks_and_lost_experts(told):
     assert read[2] == 0
 
 
-@pytest.mark.parametrize("part", [twice_on_a_rank, quantised])
+@pytest.mark.parametrize("part", [twice_on_a_rank, quantised, slices_of_one_tensor])
 def test_unusual_experts(told, part):
     assert told[part.__name__] == [None] * 4

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from eplb_rs.plan import Plan
+
 __all__ = ["TARGET", "is_installed", "register"]
 
 TARGET = "sglang.srt.eplb.eplb_algorithms.rebalance_experts"
@@ -108,7 +110,7 @@ def _maps(
     width = planner.settings.share_width
     if width is not None and _picks_from_entries(planner):
         # SGLang's table is as wide as there are slots.
-        log2phy = plan.with_shares().log2phy(min(width, num_physical_experts))
+        log2phy = _entries(plan, min(width, num_physical_experts))
         counts = (log2phy >= 0).sum(axis=2)
     device = tokens_per_expert.device
 
@@ -116,6 +118,31 @@ def _maps(
         return torch.from_numpy(np.array(part, dtype=np.int64)).to(device)
 
     return on_device(plan.phy2log), on_device(log2phy), on_device(counts)
+
+
+def _entries(plan: Plan, width: int) -> npt.NDArray[np.int64]:
+    """`[L, E, X]`, slots listed as often as their shares ask for, in layers where that helps: few
+    entries are coarse, and a plan made for just this load may be even without them."""
+    split, even = plan.with_shares().log2phy(width), plan.log2phy
+    places = max(split.shape[2], even.shape[2])
+    split, even = (
+        np.pad(table, ((0, 0), (0, 0), (0, places - table.shape[2])), constant_values=-1)
+        for table in (split, even)
+    )
+    helps = _heaviest(plan, split) < _heaviest(plan, even)
+    return np.where(helps[:, None, None], split, even)
+
+
+def _heaviest(plan: Plan, log2phy: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """`[L]`, the largest rank load if each entry gets an equal part of its expert's tokens."""
+    listed = log2phy >= 0
+    share = plan.expert_load / listed.sum(axis=2)
+    layer, expert, _ = np.nonzero(listed)
+    load = np.zeros((plan.num_layers, plan.topology.num_gpus))
+    rank = log2phy[listed] // (plan.topology.num_slots // plan.topology.num_gpus)
+    np.add.at(load, (layer, rank), share[layer, expert])
+    heaviest: npt.NDArray[np.float64] = load.max(axis=1)
+    return heaviest
 
 
 def _in_force() -> Any:

@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, distributed
 
-from eplb_rs.moe import rows
 from eplb_rs.moe.experts import Groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from eplb_rs.moe.rows import RowFunctions
     from eplb_rs.moe.sites import Sites
-
 
 __all__ = ["CapacityExchange", "Exchange", "Flight", "UnevenExchange"]
 
@@ -54,6 +53,7 @@ class Exchange:
     groups: Groups
     sent_R: Tensor
     _sites: Sites
+    _rows: RowFunctions
     _sent_M: Tensor
     """`[M]`, which of the T*K rows stands at each place of the send buffer."""
     _place_TK: Tensor
@@ -68,20 +68,20 @@ class Exchange:
     def to_experts(self, x_TH: Tensor) -> Flight:
         """Starts each token's row to its experts."""
         choices = self._place_TK.shape[1]
-        sent = rows.gather(x_TH, self._sent_M, gaps=self._gaps[0], share=choices)
+        sent = self._rows.gather(x_TH, self._sent_M, gaps=self._gaps[0], share=choices)
         return self._all_to_all(sent, back=False)
 
     def experts_landed(self, flight: Flight) -> Tensor:
         """Waits: `[N, H]`, grouped by slot; zeros where a group is filled up."""
-        return rows.gather(flight.land(), self._arrived_N, gaps=self._gaps[2])
+        return self._rows.gather(flight.land(), self._arrived_N, gaps=self._gaps[2])
 
     def to_tokens(self, rows_NH: Tensor) -> Flight:
         """Starts rows back to their tokens."""
-        return self._all_to_all(rows.gather(rows_NH, self._back_A, gaps=False), back=True)
+        return self._all_to_all(self._rows.gather(rows_NH, self._back_A, gaps=False), back=True)
 
     def tokens_landed(self, landed: Tensor, gate_TK: Tensor | None) -> Tensor:
         """Adds what has landed for each token, in order of k, times its gates: `[T, H]`."""
-        return rows.weighted_sum(landed, self._place_TK, gate_TK, gaps=self._gaps[1])
+        return self._rows.weighted_sum(landed, self._place_TK, gate_TK, gaps=self._gaps[1])
 
     def spread_to_experts(
         self, grad_TH: Tensor, gate_TK: Tensor, landed: Tensor
@@ -91,7 +91,9 @@ class Exchange:
         Returns:
             Them, and the gradient of the gates, `[T, K]`.
         """
-        grads, gate_grad = rows.spread(grad_TH, gate_TK, landed, self._place_TK, gaps=self._gaps[1])
+        grads, gate_grad = self._rows.spread(
+            grad_TH, gate_TK, landed, self._place_TK, gaps=self._gaps[1]
+        )
         return self._all_to_all(grads, back=False), gate_grad
 
     def _all_to_all(self, sent: Tensor, *, back: bool) -> Flight:
@@ -104,13 +106,16 @@ class UnevenExchange(Exchange):
     Args:
         slot_TK: `[T, K]`, the slot of each row, as the sites count them, -1 for none.
         sites: Who takes part. A collective call: all ranks make theirs at once.
+        rows: What gathers and adds.
         multiple: Each group is filled up with zero rows to a multiple of this.
 
     Cost: one all-to-all of R counts, one wait, one sort.
     """
 
-    def __init__(self, slot_TK: Tensor, sites: Sites, *, multiple: int = 1) -> None:
-        self._sites = sites
+    def __init__(
+        self, slot_TK: Tensor, sites: Sites, rows: RowFunctions, *, multiple: int = 1
+    ) -> None:
+        self._sites, self._rows = sites, rows
         device = sites.device
         num_slots, here = sum(sites.slots), sites.num_slots
         ranks = len(sites.slots)
@@ -158,14 +163,22 @@ class CapacityExchange(Exchange):
     Args:
         slot_TK: `[T, K]`, the slot of each row, as the sites count them, -1 for none.
         sites: Who takes part. A collective call: all ranks make theirs at once.
+        rows: What gathers and adds.
         capacity: Rows from each rank to each other.
         overflow: One number on the device: gets the rows that did not fit, on any rank, added.
 
     Memory: `D * capacity` rows at both ends, whatever is sent.
     """
 
-    def __init__(self, slot_TK: Tensor, sites: Sites, capacity: int, overflow: Tensor) -> None:
-        self._sites = sites
+    def __init__(
+        self,
+        slot_TK: Tensor,
+        sites: Sites,
+        rows: RowFunctions,
+        capacity: int,
+        overflow: Tensor,
+    ) -> None:
+        self._sites, self._rows = sites, rows
         device = sites.device
         ranks = len(sites.slots)
         slot_M, order, begin_R1 = _by_slot(slot_TK, sum(sites.slots))

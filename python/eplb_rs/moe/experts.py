@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eplb_rs.moe.rows import gated, gated_backward
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eplb_rs.moe.rows import Activation
+    from eplb_rs.moe.rows import Activation, RowFunctions
 
 __all__ = ["ExpertsBackward", "Groups", "experts_backward", "experts_forward"]
 
@@ -50,6 +48,7 @@ def experts_forward(
     gate_up: Tensor,
     down: Tensor,
     groups: Groups,
+    rows: RowFunctions,
     activation: Activation = "silu",
 ) -> tuple[Tensor, Tensor]:
     """`down(activation(gate(x)) * up(x))` of each row's expert.
@@ -59,13 +58,14 @@ def experts_forward(
         gate_up: `[S, 2I, H]`, gate above up.
         down: `[S, H, I]`.
         groups: Which rows belong to which slot.
+        rows: What activates.
         activation: Of the gate.
 
     Returns:
         `[N, H]`, and `[N, 2I]`, gate and up before the activation, for the backward.
     """
     inner = _grouped(rows_NH, gate_up, groups)
-    return _grouped(gated(inner, activation), down, groups), inner
+    return _grouped(rows.gated(inner, activation), down, groups), inner
 
 
 @dataclass(slots=True)
@@ -98,11 +98,12 @@ def experts_backward(
     gate_up: Tensor,
     down: Tensor,
     groups: Groups,
+    rows: RowFunctions,
     activation: Activation = "silu",
 ) -> ExpertsBackward:
     """The part of the backward that gives the rows' gradient; `weights()` of it is the rest."""
     grad_hidden = _grouped(grad_NH, down.transpose(1, 2), groups)
-    hidden, grad_inner = gated_backward(grad_hidden, inner, activation)
+    hidden, grad_inner = rows.gated_backward(grad_hidden, inner, activation)
     grad_rows = _grouped(grad_inner, gate_up.transpose(1, 2), groups)
     return ExpertsBackward(grad_rows, rows_NH, hidden, grad_inner, grad_NH, groups)
 

@@ -6,6 +6,7 @@ logical experts.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from eplb_rs.plan import Plan
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["check_plan", "check_routed", "check_weights"]
+__all__ = ["check_fused", "check_plan", "check_routed", "check_weights"]
 
 _FIELDS = ("gate_up.weight", "down.weight")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -65,6 +66,24 @@ def check_weights(weights: Mapping[str, Tensor], num_slots: int) -> tuple[Tensor
             expected=f"[S, 2I, H] and [S, H, I] with S = {num_slots}, as the plan has here",
         )
     return gate_up, down
+
+
+def check_fused(weight: Tensor) -> None:
+    """Refuses kernels for weights that they are not for.
+
+    Raises:
+        InvalidInputError: ``inconsistent``.
+    """
+    there = importlib.util.find_spec("triton") is not None
+    if not (there and weight.is_cuda and weight.dtype in _DTYPES[1:]):
+        raise InvalidInputError(
+            code="inconsistent",
+            argument="fused",
+            got=f"True, with {weight.dtype} on {weight.device}"
+            + ("" if there else ", without triton"),
+            expected="weights of at most 32 bits on a CUDA GPU, and triton",
+            hint="False does the same in plain torch",
+        )
 
 
 def check_plan(plan: Plan, layer: int, *, like: tuple[int, tuple[int, ...]] | None = None) -> None:

@@ -1,28 +1,35 @@
 """What :mod:`eplb_rs.moe.rows` does, on GPUs in one kernel each. Needs triton, which torch brings.
 
-Every kernel reads and writes each row once, adds in float32 and in a fixed order: the same input
-gives the same bits.
+Every kernel reads and writes each row once, computes in float32 and adds in a fixed order: the same
+input gives the same bits. Places may always be behind the last row; `gaps` changes nothing.
 
 Letters: T tokens, K experts of a token, N rows, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from eplb_rs.moe.rows import Activation
+
 __all__ = ["gated", "gated_backward", "gather", "spread", "weighted_sum"]
 
 _BLOCK = 1024
 """Columns that a program takes at a time: 16 bytes of bfloat16 for each of 128 threads."""
 
+_ROUNDED: dict[str, bool] = {"enable_fp_fusion": False}
+"""Products are rounded before they are added, as in plain torch."""
 
-def gather(rows_NH: Tensor, index: Tensor, share: int) -> Tensor:
+
+def gather(rows_NH: Tensor, index: Tensor, *, gaps: bool, share: int = 1) -> Tensor:
     """As :func:`eplb_rs.moe.rows.gather`."""
+    del gaps
     rows_NH = rows_NH.contiguous()
     out = rows_NH.new_empty(*index.shape, rows_NH.shape[1])
     if out.numel():
@@ -34,12 +41,13 @@ def gather(rows_NH: Tensor, index: Tensor, share: int) -> Tensor:
             SHARE=share,
             WIDTH=rows_NH.shape[1],
             BLOCK=_BLOCK,
+            **_ROUNDED,
         )
     return out
 
 
 @triton.jit
-def _gather(  # type: ignore[no-untyped-def]
+def _gather(
     rows, index, out, num_rows, SHARE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
 ):
     place = tl.program_id(0).to(tl.int64)
@@ -52,8 +60,11 @@ def _gather(  # type: ignore[no-untyped-def]
         tl.store(out + place * WIDTH + column, part, mask=inside)
 
 
-def weighted_sum(rows_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None) -> Tensor:
+def weighted_sum(
+    rows_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None, *, gaps: bool
+) -> Tensor:
     """As :func:`eplb_rs.moe.rows.weighted_sum`."""
+    del gaps
     tokens, top_k = place_TK.shape
     width = rows_NH.shape[1]
     out = rows_NH.new_empty(tokens, width)
@@ -68,12 +79,13 @@ def weighted_sum(rows_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None) -> T
             GATED=gate_TK is not None,
             WIDTH=width,
             BLOCK=_BLOCK,
+            **_ROUNDED,
         )
     return out
 
 
 @triton.jit
-def _weighted_sum(  # type: ignore[no-untyped-def]
+def _weighted_sum(
     rows,
     places,
     gates,
@@ -100,9 +112,10 @@ def _weighted_sum(  # type: ignore[no-untyped-def]
 
 
 def spread(
-    grad_TH: Tensor, gate_TK: Tensor, rows_NH: Tensor, place_TK: Tensor
+    grad_TH: Tensor, gate_TK: Tensor, rows_NH: Tensor, place_TK: Tensor, *, gaps: bool
 ) -> tuple[Tensor, Tensor]:
     """As :func:`eplb_rs.moe.rows.spread`; rows that no place names are left as they are."""
+    del gaps
     out = torch.empty_like(rows_NH)
     gate_grad = torch.empty_like(gate_TK, memory_format=torch.contiguous_format)
     if place_TK.numel():
@@ -117,12 +130,13 @@ def spread(
             K=place_TK.shape[1],
             WIDTH=rows_NH.shape[1],
             BLOCK=_BLOCK,
+            **_ROUNDED,
         )
     return out, gate_grad
 
 
 @triton.jit
-def _spread(  # type: ignore[no-untyped-def]
+def _spread(
     grads,
     gates,
     rows,
@@ -149,19 +163,19 @@ def _spread(  # type: ignore[no-untyped-def]
     tl.store(gate_grads + choice, tl.sum(product))
 
 
-def gated(inner: Tensor, activation: str) -> Tensor:
+def gated(inner: Tensor, activation: Activation) -> Tensor:
     """As :func:`eplb_rs.moe.rows.gated`."""
     width = inner.shape[1] // 2
     out = inner.new_empty(len(inner), width)
     if out.numel():
-        _gated[(len(inner),)](inner, out, ACTIVATION=activation, WIDTH=width, BLOCK=_BLOCK)
+        _gated[(len(inner),)](
+            inner, out, ACTIVATION=activation, WIDTH=width, BLOCK=_BLOCK, **_ROUNDED
+        )
     return out
 
 
 @triton.jit
-def _gated(  # type: ignore[no-untyped-def]
-    inner, out, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gated(inner, out, ACTIVATION: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     for begin in range(0, WIDTH, BLOCK):
         column = begin + tl.arange(0, BLOCK)
@@ -172,7 +186,7 @@ def _gated(  # type: ignore[no-untyped-def]
         tl.store(out + row * WIDTH + column, value * up.to(tl.float32), mask=inside)
 
 
-def gated_backward(grad: Tensor, inner: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+def gated_backward(grad: Tensor, inner: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
     """As :func:`eplb_rs.moe.rows.gated_backward`."""
     hidden, grad_inner = torch.empty_like(grad), torch.empty_like(inner)
     if grad.numel():
@@ -184,12 +198,13 @@ def gated_backward(grad: Tensor, inner: Tensor, activation: str) -> tuple[Tensor
             ACTIVATION=activation,
             WIDTH=grad.shape[1],
             BLOCK=_BLOCK,
+            **_ROUNDED,
         )
     return hidden, grad_inner
 
 
 @triton.jit
-def _gated_backward(  # type: ignore[no-untyped-def]
+def _gated_backward(
     grads,
     inner,
     hidden,
@@ -213,7 +228,7 @@ def _gated_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _activated(gate: Any, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activated(gate, ACTIVATION: tl.constexpr):
     """The activation and its derivative."""
     if ACTIVATION == "silu":
         share = 1 / (1 + tl.exp(-gate))

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from eplb_rs._inputs import as_count
 from eplb_rs.errors import InvalidInputError
+from eplb_rs.moe import rows as plain
 from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, UnevenExchange
 from eplb_rs.moe.experts import ExpertsBackward, experts_backward, experts_forward
-from eplb_rs.moe.fit import check_plan, check_routed, check_weights
+from eplb_rs.moe.fit import check_fused, check_plan, check_routed, check_weights
 from eplb_rs.moe.routing import RoutingTable, routing_rows
 from eplb_rs.moe.rows import Activation
 from eplb_rs.moe.sites import Sites
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import distributed
 
     from eplb_rs.moe.routing import RoutingRule
+    from eplb_rs.moe.rows import RowFunctions
     from eplb_rs.plan import Plan
 
 __all__ = ["ExpertParallelMoE", "Pass", "Recorded", "TopK", "TopKRouter"]
@@ -112,6 +114,7 @@ class ExpertParallelMoE(nn.Module):
         capacity: ``None`` exchanges as many rows as there are, and waits for the device once, to
             learn how many. A number makes room for so many rows from each rank to each other and
             waits for nothing: for CUDA graphs.
+        fused: Gathers, adds and activates in one triton kernel each, on CUDA GPUs.
         row_multiple: Fills each expert's rows up with zeros to a multiple of this: a product of
             few rows may differ in its last bits from the same rows in a larger one.
         max_replicas: The most replicas of an expert that later plans may have; by default as many
@@ -120,7 +123,7 @@ class ExpertParallelMoE(nn.Module):
     Raises:
         InvalidInputError: ``wrong_shape`` for weights or a group that do not fit the plan;
             ``unknown`` for further tensors, scales say, or an activation; ``wrong_dtype`` or
-            ``inconsistent`` for weights; ``out_of_range`` for a layer; ``not_positive`` or
+            ``inconsistent`` for weights, or kernels that are not for them; ``out_of_range`` for a layer; ``not_positive`` or
             ``not_integer`` for a count; as :func:`~eplb_rs.moe.routing.routing_rows` for the
             routing.
 
@@ -146,6 +149,7 @@ class ExpertParallelMoE(nn.Module):
         activation: Activation = "silu",
         shared: nn.Module | None = None,
         capacity: int | None = None,
+        fused: bool = False,
         row_multiple: int = 1,
         max_replicas: int | None = None,
     ) -> None:
@@ -165,6 +169,12 @@ class ExpertParallelMoE(nn.Module):
         if capacity is not None:
             capacity = as_count(capacity, "capacity")
         row_multiple = as_count(row_multiple, "row_multiple")
+        self.rows: RowFunctions = plain
+        if fused:
+            check_fused(gate_up)
+            from eplb_rs.moe import kernels
+
+            self.rows = kernels
         self.router = router
         self.gate_up, self.down = nn.Parameter(gate_up), nn.Parameter(down)
         self.shared = shared
@@ -281,9 +291,11 @@ class ExpertParallelMoE(nn.Module):
         self.load_E += count_E
         exchange: Exchange
         if self.capacity is None:
-            exchange = UnevenExchange(slot_TK, self.sites, multiple=self.row_multiple)
+            exchange = UnevenExchange(slot_TK, self.sites, self.rows, multiple=self.row_multiple)
         else:
-            exchange = CapacityExchange(slot_TK, self.sites, self.capacity, self.overflow)
+            exchange = CapacityExchange(
+                slot_TK, self.sites, self.rows, self.capacity, self.overflow
+            )
             if not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self.raise_on_overflow()
         self.slot_load_R[: len(exchange.sent_R)] += exchange.sent_R
@@ -345,7 +357,12 @@ class Pass:
         layer = self._layer
         self._rows = self._exchange.experts_landed(self._landing())
         self._out, self._inner = experts_forward(
-            self._rows, layer.gate_up, layer.down, self._exchange.groups, layer.activation
+            self._rows,
+            layer.gate_up,
+            layer.down,
+            self._exchange.groups,
+            layer.rows,
+            layer.activation,
         )
 
     @torch.no_grad()
@@ -384,6 +401,7 @@ class Pass:
             layer.gate_up,
             layer.down,
             self._exchange.groups,
+            layer.rows,
             layer.activation,
         )
         self._rows = self._inner = None

@@ -13,6 +13,7 @@ token.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -61,7 +62,8 @@ def routing_rows(
         InvalidInputError: ``unknown`` for a rule, ``out_of_range`` for a rank or layer,
             ``wrong_shape`` for shares of another placement, ``not_positive`` for the width.
 
-    Cost: for 58 layers of 256 experts 5 to 30 ms, for one of them 0.1 to 1.5 ms.
+    Cost: for 58 layers of 256 experts 5 to 30 ms; for one of them 0.2 ms, with shares
+    0.6 ms.
     """
     topology = plan.topology
     if not 0 <= source < topology.num_gpus:
@@ -89,7 +91,7 @@ def routing_rows(
                 expected="shares of this plan",
                 hint="`plan.with_shares(load)`",
             )
-        rows = _interleaved(rule.log2phy(width)[which])
+        rows = _interleaved(_entries(rule, width)[which])
         lengths = (rows >= 0).sum(axis=2)
     elif rule == "nearest":
         rank_of = np.repeat(np.arange(topology.num_gpus), topology.slots)
@@ -123,6 +125,12 @@ def routing_rows(
         places < lengths[..., None], np.take_along_axis(rows, turned, axis=2), np.int64(-1)
     )
     return rows, lengths.astype(np.int64)
+
+
+@lru_cache(maxsize=2)
+def _entries(shares: Shares, width: int) -> npt.NDArray[np.int64]:
+    """All layers' entries, once for as many layers as ask for theirs."""
+    return shares.log2phy(width)
 
 
 def _interleaved(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -1,15 +1,14 @@
 """What a layer does with rows between exchanges and products: gather, weigh, add, activate.
 
-Each in plain torch, to read and for every device; on GPUs in one kernel (:mod:`eplb_rs.moe.kernels`),
-which adds in float32.
+Here in plain torch, to read and for every device. :mod:`eplb_rs.moe.kernels` has the same functions,
+each a single kernel for GPUs.
 
 Letters: T tokens, K experts of a token, N rows, H hidden size, I intermediate size.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,11 +16,38 @@ from torch.nn import functional
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import ModuleType
 
-__all__ = ["Activation", "gated", "gated_backward", "gather", "spread", "weighted_sum"]
+__all__ = [
+    "Activation",
+    "RowFunctions",
+    "gated",
+    "gated_backward",
+    "gather",
+    "spread",
+    "weighted_sum",
+]
 
 Activation: TypeAlias = Literal["silu", "relu", "gelu"]
+
+
+class RowFunctions(Protocol):
+    """A module with the functions below."""
+
+    def gather(self, rows_NH: Tensor, index: Tensor, *, gaps: bool, share: int = 1) -> Tensor: ...
+
+    def weighted_sum(
+        self, rows_NH: Tensor, place_TK: Tensor, gate_TK: Tensor | None, *, gaps: bool
+    ) -> Tensor: ...
+
+    def spread(
+        self, grad_TH: Tensor, gate_TK: Tensor, rows_NH: Tensor, place_TK: Tensor, *, gaps: bool
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def gated(self, inner: Tensor, activation: Activation) -> Tensor: ...
+
+    def gated_backward(
+        self, grad: Tensor, inner: Tensor, activation: Activation
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 def gather(rows_NH: Tensor, index: Tensor, *, gaps: bool, share: int = 1) -> Tensor:
@@ -33,9 +59,6 @@ def gather(rows_NH: Tensor, index: Tensor, *, gaps: bool, share: int = 1) -> Ten
         gaps: Whether some may point behind the last row: zeros are there.
         share: How many follow one another that mean the same row.
     """
-    if (fused := _kernels(rows_NH)) is not None:
-        found: Tensor = fused.gather(rows_NH, index, share)
-        return found
     if share > 1:
         index = index // share
     if not gaps:
@@ -62,9 +85,6 @@ def weighted_sum(
     Returns:
         `[T, H]`.
     """
-    if (fused := _kernels(rows_NH)) is not None:
-        added: Tensor = fused.weighted_sum(rows_NH, place_TK, gate_TK)
-        return added
     total: Tensor | None = None
     for k in range(place_TK.shape[1]):
         part = gather(rows_NH, place_TK[:, k], gaps=gaps)
@@ -91,9 +111,6 @@ def spread(
         `[N, H]`, the gradient of the rows, undefined where no token has a place; and `[T, K]`, of
         the gates.
     """
-    if (fused := _kernels(rows_NH)) is not None:
-        grads: tuple[Tensor, Tensor] = fused.spread(grad_TH, gate_TK, rows_NH, place_TK)
-        return grads
     gate_grad = torch.einsum("th,tkh->tk", grad_TH, gather(rows_NH, place_TK, gaps=gaps))
     # One row more takes what has no place.
     out = rows_NH.new_zeros(len(rows_NH) + 1, rows_NH.shape[1])
@@ -111,9 +128,6 @@ def gated(inner: Tensor, activation: Activation) -> Tensor:
     Returns:
         `[N, I]`.
     """
-    if (fused := _kernels(inner)) is not None:
-        hidden: Tensor = fused.gated(inner, activation)
-        return hidden
     gate, up = inner.chunk(2, dim=1)
     return _ACTIVATIONS[activation](gate) * up
 
@@ -129,9 +143,6 @@ def gated_backward(grad: Tensor, inner: Tensor, activation: Activation) -> tuple
     Returns:
         What :func:`gated` gives, `[N, I]`; and the gradient of `inner`, `[N, 2I]`.
     """
-    if (fused := _kernels(inner)) is not None:
-        both: tuple[Tensor, Tensor] = fused.gated_backward(grad, inner, activation)
-        return both
     gate, up = inner.chunk(2, dim=1)
     activated = _ACTIVATIONS[activation](gate)
     grad_gate = _activation_backward(grad * up, gate, activation)
@@ -155,16 +166,3 @@ def _activation_backward(grad: Tensor, gate: Tensor, activation: Activation) -> 
     else:
         result = aten.gelu_backward(grad, gate)
     return result
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-_FUSED = (torch.bfloat16, torch.float16, torch.float32)
-
-
-def _kernels(rows: Tensor) -> ModuleType | None:
-    """The kernels, where they are for such rows."""
-    if not (rows.is_cuda and _HAS_TRITON and rows.dtype in _FUSED):
-        return None
-    from eplb_rs.moe import kernels
-
-    return kernels

@@ -130,8 +130,8 @@ class Sites:
     @cached_property
     def slot_ranks(self) -> Tensor:
         """The process of each slot, as counted here."""
-        processes = torch.arange(len(self.slots))
-        return torch.repeat_interleave(processes, torch.tensor(self.slots)).to(self.device)
+        processes = [process for process, count in enumerate(self.slots) for _ in range(count)]
+        return torch.tensor(processes, device=self.device)
 
 
 def members(group: distributed.ProcessGroup | None) -> distributed.ProcessGroup:

@@ -142,8 +142,14 @@ class ExpertWeights:
                         expected=f"all on {first.device}, as the first",
                     )
         weights = object.__new__(cls)
-        plain = [{name: one.detach() for name, one in tensors.items()} for tensors in layers]
-        weights._set(fields, plain)
+        # Of parameters the same memory, but as plain tensors: moving is no step of autograd.
+        weights._set(
+            fields,
+            [
+                {name: one.detach() if one.requires_grad else one for name, one in tensors.items()}
+                for tensors in layers
+            ],
+        )
         return weights
 
     def _set(self, fields: Sequence[ExpertField], layers: list[dict[str, Tensor]]) -> None:
@@ -198,6 +204,12 @@ class ExpertWeights:
         Cost: about 1 GB/s; for tests and after faults, not for every pass.
         """
         return checksum(self.slot(layer, slot).values())
+
+    def version(self, layer: int) -> int:
+        """A number that changes when a tensor of the layer is written to, as far as torch knows of
+        it: not through ``.data``, nor in inference mode."""
+        tensors = self._layers[layer].values()
+        return sum(one._version for one in tensors if not one.is_inference())
 
     def __repr__(self) -> str:
         return (

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ExpertMover", "MoveStats"]
 
+_TO_MEET = timedelta(minutes=1)
+"""How long ranks may take to make a group, at least: much longer than a transfer."""
+
 
 @dataclass(slots=True)
 class MoveStats:
@@ -86,8 +89,6 @@ class ExpertMover:
             group.
     """
 
-    _made = 0
-
     def __init__(
         self,
         weights: ExpertWeights,
@@ -98,7 +99,7 @@ class ExpertMover:
         max_bytes_in_flight: int = 1 << 28,
         max_extra_bytes: int | None = None,
         limit_s: float = 300.0,
-        grace_s: float = 1.5,
+        grace_s: float = 5.0,
         checksums: bool = False,
         on_switch: Callable[[int, Plan], None] | None = None,
     ) -> None:
@@ -124,16 +125,10 @@ class ExpertMover:
         self._grace_s = grace_s
         ranks = distributed.get_process_group_ranks(members(group))
         made: Any = distributed.new_group(
-            ranks, timeout=self._limit, use_local_synchronization=True
+            ranks, timeout=max(self._limit, _TO_MEET), use_local_synchronization=True
         )
         self._group: distributed.ProcessGroup = made
-        ExpertMover._made += 1
-        self._records = MoveRecords(
-            store or _get_default_store(),
-            f"eplb-mover/{'-'.join(map(str, ranks))}/{ExpertMover._made}",
-            made.rank(),
-            len(ranks),
-        )
+        self._records = MoveRecords(store or _get_default_store(), ranks, made.rank())
         self._weights = weights
         self._load = load
         self._extra = max_extra_bytes
@@ -193,24 +188,21 @@ class ExpertMover:
         """Takes up a move that :meth:`step` carries out.
 
         Raises:
-            InvalidInputError: ``wrong_type`` for what is no plan,
-                ``wrong_shape`` for plans or weights that do not fit each other,
-                ``in_use`` while another move is under way, ``closed`` after one has failed,
-                ``too_large`` if it needs more memory than ``max_extra_bytes``.
+            InvalidInputError: ``wrong_type`` for what is no plan, ``wrong_shape`` for plans or
+                weights that do not fit each other, ``in_use`` while another move is under way,
+                ``closed`` after one has failed, ``too_large`` if it needs more memory than
+                ``max_extra_bytes``.
             InfeasibleError: ``missing_expert`` if no rank holds an expert that is wanted and there
                 is no ``load``.
         """
-        if self.busy or self._closed:
+        self._refuse_if_closed("new")
+        if self.busy:
             raise InvalidInputError(
-                code="closed" if self._closed else "in_use",
+                code="in_use",
                 argument="new",
-                got="a plan after a move has failed"
-                if self._closed
-                else "a plan while another is moved to",
-                expected="for a mover that is not busy, and whose ranks all live",
-                hint="another mover, of the ranks that are left"
-                if self._closed
-                else "`while mover.step(): ...`",
+                got="a plan while another is moved to",
+                expected="given to a mover that is not busy",
+                hint="`while mover.step(): ...`",
             )
         self._records.begin()  # even for a plan that only this rank refuses: all count alike
         self._check(old, new)
@@ -233,22 +225,26 @@ class ExpertMover:
         self._moved = []
         self.stats = MoveStats()
 
-    def step(self) -> bool:
+    def step(self, *, whole: bool = False) -> bool:
         """Carries a move on, between two forward passes, at the same passes on all ranks: exactly
         one step between two collectives of theirs, or ranks wait for each other in a circle.
 
         Switches layers that all ranks had at the step before, begins transfers, looks what has
         come. Never waits for a transfer on a GPU; on a CPU, for those begun at the step before.
 
+        Args:
+            whole: Moves one layer from beginning to end within this step, and waits for it. In
+                training: an optimizer's step in between would leave behind what was sent before.
+
         Returns:
             Whether a move is still under way.
 
         Raises:
-            MoveError: A rank was lost, or a wait passed its limit.
+            MoveError: A rank was lost, a wait passed its limit, or weights changed on their way.
             StoreLostError: As :meth:`apply`.
         """
         if self.busy:
-            self._advance(block=False)
+            self._advance(block=whole, whole=whole)
         return self.busy
 
     def cancel(self) -> None:
@@ -276,13 +272,7 @@ class ExpertMover:
                 ``closed`` after a move has failed.
             StoreLostError: As :meth:`apply`.
         """
-        if self._closed:
-            raise InvalidInputError(
-                code="closed",
-                argument="reason",
-                got="another after a move has failed",
-                expected="the first failure of this mover",
-            )
+        self._refuse_if_closed("reason")
         if self._plans is None and plan is None:
             raise InvalidInputError(
                 code="missing_plan",
@@ -297,18 +287,21 @@ class ExpertMover:
 
     # How a layer goes: begun, received, committed by this rank, decided for all, switched.
 
-    def _advance(self, *, block: bool) -> None:
+    def _advance(self, *, block: bool, whole: bool = False) -> None:
         begun = time.perf_counter()
         try:
             self._transit.begin_step()
             self._switch_decided(block=block)
-            while self._waiting and len(self._moving) < 2:
-                self._moving.append(_Moving(self._waiting.popleft()))
-                self._transit.take(self._moving[-1].cargo)
+            while self._waiting and len(self._moving) < (1 if whole else 2):
+                cargo = self._waiting.popleft()
+                self._moving.append(_Moving(cargo, self._weights.version(cargo.task.layer)))
+                self._transit.take(cargo)
             self._transit.advance(block=block)
             for moving in self._moving:
                 if moving.committed_at is None and moving.cargo.here:
                     self._commit(moving)
+            if whole:
+                self._switch_decided(block=True)
             self._records.tidy()
         except Exception as error:  # the caller's own load and on_switch may raise anything
             traceback.clear_frames(error.__traceback__)  # they hold works: see Transit.close
@@ -323,6 +316,7 @@ class ExpertMover:
     def _commit(self, moving: _Moving) -> None:
         """Checks what has come, and says that this rank has it."""
         cargo, task = moving.cargo, moving.cargo.task
+        self._refuse_if_changed(moving)
         for slot, source in task.senders.items() if self._checksums else ():
             self._compare(cargo, slot, source)
         self.stats.received += len(task.senders)
@@ -351,13 +345,26 @@ class ExpertMover:
                 return
             if not block and step > self._step:
                 return
+            self._refuse_if_changed(first)
             self._moving.popleft()
             self._switch(first.cargo)
+
+    def _refuse_if_changed(self, moving: _Moving) -> None:
+        layer = moving.cargo.task.layer
+        if self._weights.version(layer) != moving.version:
+            raise RuntimeError(
+                f"the weights of layer {layer} changed while they were moved, so that what has come "
+                f"is not what they are: in training, `step(whole=True)` or `apply`"
+            )
 
     def _switch(self, cargo: Cargo) -> None:
         """Puts what has come in place of what was there."""
         layer = cargo.task.layer
+        # Layers may be parts of one tensor: what is written here is no change to the others.
+        others = [(one, self._weights.version(one.cargo.task.layer)) for one in self._moving]
         self._transit.unload(cargo)
+        for moving, before in others:
+            moving.version += self._weights.version(moving.cargo.task.layer) - before
         self.stats.layers += 1
         self.stats.copied += len(cargo.task.copies)
         self._moved.append(layer)
@@ -409,6 +416,16 @@ class ExpertMover:
 
     # What fits
 
+    def _refuse_if_closed(self, argument: str) -> None:
+        if self._closed:
+            raise InvalidInputError(
+                code="closed",
+                argument=argument,
+                got="a call after a failure",
+                expected="for a mover whose ranks all live",
+                hint="another mover, of the ranks that are left",
+            )
+
     def _check(self, old: Plan, new: Plan) -> None:
         for argument, plan in (("old", old), ("new", new)):
             if not isinstance(plan, Plan):
@@ -447,9 +464,11 @@ class ExpertMover:
 class _Moving:
     """A layer under way, until it is switched."""
 
-    __slots__ = ("cargo", "committed_at")
+    __slots__ = ("cargo", "committed_at", "version")
 
-    def __init__(self, cargo: Cargo) -> None:
+    def __init__(self, cargo: Cargo, version: int) -> None:
         self.cargo = cargo
+        self.version = version
+        """Of the weights when this rank began to send them."""
         self.committed_at: float | None = None
         """When this rank had it all; `time.monotonic`."""

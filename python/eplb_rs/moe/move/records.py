@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch.distributed.distributed_c10d import PrefixStore
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import timedelta
 
     from torch.distributed.distributed_c10d import Store
@@ -33,14 +34,16 @@ class MoveRecords:
 
     Args:
         store: Where they are kept.
-        name: Of the mover, the same on all its ranks and no other's.
-        rank: This rank.
-        num_ranks: How many ranks there are.
+        ranks: The mover's ranks, as torch.distributed counts; all make their records at once.
+        rank: This one among them.
     """
 
-    def __init__(self, store: Store, name: str, rank: int, num_ranks: int) -> None:
-        self._store = PrefixStore(name, store)
-        self._rank, self._num_ranks = rank, num_ranks
+    def __init__(self, store: Store, ranks: Sequence[int], rank: int) -> None:
+        self._rank, self._num_ranks = rank, len(ranks)
+        name = f"eplb-mover/{'-'.join(map(str, ranks))}"
+        # Each mover of these ranks is joined by all of them: whatever else a process has made.
+        before = (store.add(f"{name}/joined", 1) - 1) // len(ranks)
+        self._store = PrefixStore(f"{name}/{before}", store)
         self._epoch = -1
         self._written: list[str] = []
         self._before: list[str] = []

@@ -86,6 +86,10 @@ class Transit:
         self._stream: Any = None
         if weights.device.type == "cuda":
             self._stream = torch.cuda.Stream(weights.device)  # type: ignore[no-untyped-call]
+            # Under NCCL the first call of a group takes all its ranks, and the first message to a
+            # rank takes long.
+            sent = torch.zeros(group.size(), device=weights.device)
+            distributed.all_to_all_single(torch.empty_like(sent), sent, group=group)
         self._loaded: deque[Cargo] = deque()
         self._batches: deque[_Batch] = deque()
         self._passed: Any = None
@@ -130,12 +134,11 @@ class Transit:
 
     @torch.no_grad()
     def unload(self, cargo: Cargo) -> None:
-        """Puts what has come, and copies within the rank, in place of what was there."""
+        """Puts what has come, and copies within the rank, in place of what was there.
+
+        The host knows that it has come: no stream waits for those that carry what comes next.
+        """
         tensors = self._weights[cargo.task.layer]
-        event: Any = None
-        if self._stream is not None:
-            torch.cuda.current_stream(self._weights.device).wait_stream(self._stream)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         for source, slot in cargo.task.copies:  # out of the way before any slot is overwritten
             cargo.staged[slot] = self.room()
             for name, part in cargo.staged[slot].items():
@@ -143,7 +146,9 @@ class Transit:
         for slot, parts in cargo.staged.items():
             for name, part in parts.items():
                 tensors[name][slot].copy_(part)
-        if event is not None:
+        event: Any = None
+        if self._stream is not None:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(self._weights.device))
         self._free += [(parts, event) for parts in cargo.staged.values()]
         cargo.staged = {}

@@ -118,10 +118,10 @@ def _check_sizes(side: Side, layers: Sequence[object], weights: ExpertWeights, p
 
 def _check_memory(layers: Sequence[object], weights: ExpertWeights) -> None:
     for number, layer in enumerate(layers):
-        if isinstance(layer, ExpertParallelMoE) and (
-            layer.gate_up.data_ptr() != weights[number]["gate_up.weight"].data_ptr()
-            or layer.down.data_ptr() != weights[number]["down.weight"].data_ptr()
-        ):
+        if not isinstance(layer, ExpertParallelMoE):
+            continue
+        held = {one.data_ptr() for one in weights[number].values()}
+        if not {layer.gate_up.data_ptr(), layer.down.data_ptr()} <= held:
             raise InvalidInputError(
                 code="inconsistent",
                 argument="weights",

@@ -78,8 +78,8 @@ class Rebalancer:
             plan or the settings, layers whose tensors are not those of the weights, a state of
             another placement, or ranks that were given different things; ``missing_group``.
 
-    Cost: on a pass where nothing is due, a few microseconds. A window's end copies
-    `8 L (E + R)` bytes from the device; each layer's new routing takes 0.1 to 1.5 ms.
+    Cost: on a pass where nothing is due, less than 1 us. For 58 layers of 256 experts the end of a
+    window takes 1 ms of each of two passes, and a layer's new routing 0.2 ms, with shares 0.6 ms.
     """
 
     def __init__(
@@ -350,7 +350,7 @@ class Rebalancer:
         self._routing = self._routing_of(new)
         if self._settings.mode == "synchronous":
             self._mover.finish()
-        while self._mover.step():
+        while self._mover.step(whole=self._settings.mode == "layer"):
             yield
         self._in_force = [new] * new.num_layers
         self._plan = new

@@ -13,7 +13,7 @@ from eplb_rs.scenarios import Outlook
 __all__ = ["MoveCost", "RebalancerSettings"]
 
 PlanOn: TypeAlias = Literal["all", "rank 0"]
-Mode: TypeAlias = Literal["step", "synchronous"]
+Mode: TypeAlias = Literal["step", "layer", "synchronous"]
 Routing: TypeAlias = Literal["uniform", "nearest", "shares"]
 
 
@@ -77,7 +77,9 @@ class RebalancerSettings:
             broadcasts the placement.
         background: Whether planning runs in a thread while passes go on; the plan is adopted at the
             first pass before which it was ready on all ranks. Otherwise the pass waits for it.
-        mode: ``"step"`` moves layer by layer between passes, ``"synchronous"`` all at once.
+        mode: ``"step"`` moves layer by layer while passes go on; ``"layer"`` one layer between two
+            passes, which waits for it; ``"synchronous"`` all at once. In training one of the latter
+            two: weights must not change on their way.
         max_bytes_in_flight: As for :class:`~eplb_rs.moe.ExpertMover`.
         max_extra_bytes: As for :class:`~eplb_rs.moe.ExpertMover`.
         checksums: As for :class:`~eplb_rs.moe.ExpertMover`.
@@ -102,7 +104,7 @@ class RebalancerSettings:
     plan_on: PlanOn = "all"
     background: bool = True
     mode: Mode = "step"
-    max_bytes_in_flight: int = 1 << 30
+    max_bytes_in_flight: int = 1 << 28
     max_extra_bytes: int | None = None
     checksums: bool = False
     limit_s: float = 300.0
