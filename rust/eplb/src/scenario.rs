@@ -8,6 +8,7 @@
 //!
 //! What a placement is worth depends on how tokens are [split](Split) when the load arrives.
 
+mod best;
 mod cuts;
 mod even;
 mod layer;

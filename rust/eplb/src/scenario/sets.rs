@@ -11,10 +11,10 @@ use super::rows::WHOLE;
 use crate::split::{Flow, LayerGraph};
 
 /// How many sets of ranks are kept for each load, one bit each.
-pub(super) const MOST: usize = u64::BITS as usize;
+const MOST: usize = u64::BITS as usize;
 
 /// A number for each set.
-pub(super) type Row = [f32; MOST];
+type Row = [f32; MOST];
 
 /// Rows are worked on in parts of so many sets, up to the last that is in use.
 const LANES: usize = 16;
@@ -95,24 +95,39 @@ impl Worth {
         self.keep_found(layer, |_, _, _| ());
     }
 
-    /// A bound for what a layer is worth in which some experts are elsewhere; with the bounds for
-    /// each load.
+    /// A bound for what a layer is worth in which some experts, 4 at most, are elsewhere; with the
+    /// bounds for each load.
     #[inline(always)]
     pub(super) fn bound(&self, layer: &Layer, experts: &[usize], bounds: &mut Vec<f32>) -> f32 {
         bounds.clear();
         let mut value = 0.0;
         for case in &self.cases {
-            let bound = case.sets.bound(layer, &case.loads, experts);
+            let mut shifts = [Shift::default(); 4];
+            for (shift, &expert) in shifts.iter_mut().zip(experts) {
+                let (before, after) = (
+                    case.sets.alone[expert],
+                    case.sets.holding(layer, expert, None),
+                );
+                *shift = Shift::new(case.loads[expert], before, after);
+            }
+            let bound = case.sets.largest(&shifts[..experts.len()]);
             bounds.push(bound);
             value += case.weight * bound;
         }
         value
     }
 
-    /// Takes the layer that was solved last by [`after`](Self::after), below its limit.
-    pub(super) fn take(&mut self, layer: &Layer, experts: &[usize]) {
+    /// Takes note that some experts are elsewhere.
+    pub(super) fn moved(&mut self, layer: &Layer, experts: &[usize]) {
         for case in &mut self.cases {
             case.sets.moved(layer, &case.loads, experts);
+        }
+    }
+
+    /// The same for a layer that was solved last by [`after`](Self::after), below its limit.
+    pub(super) fn take(&mut self, layer: &Layer, experts: &[usize]) {
+        self.moved(layer, experts);
+        for case in &mut self.cases {
             case.level = case.next;
         }
         self.keep_found(layer, |_, _, _| ());
@@ -170,6 +185,27 @@ impl Worth {
     }
 }
 
+/// What it does to sets that an expert is elsewhere.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Shift {
+    load: f32,
+    /// The sets that come to hold it alone, and those that do no longer.
+    gained: u64,
+    lost: u64,
+}
+
+impl Shift {
+    /// Of an expert of this load, by the sets that hold it alone before and after.
+    #[inline(always)]
+    pub(super) fn new(load: f32, before: u64, after: u64) -> Self {
+        Self {
+            load,
+            gained: after & !before,
+            lost: before & !after,
+        }
+    }
+}
+
 /// Sets of ranks and what they hold alone.
 #[derive(Debug)]
 pub(super) struct Sets {
@@ -178,11 +214,11 @@ pub(super) struct Sets {
     within: Vec<u64>,
     alone: Vec<u64>,
     /// The inverse of each set's size, what it holds alone, and both multiplied.
-    pub(super) inverse: Row,
+    inverse: Row,
     sums: [f64; MOST],
-    pub(super) means: Row,
+    means: Row,
     /// The set that was tight last, and when each was.
-    pub(super) tight: usize,
+    tight: usize,
     stamps: [u32; MOST],
     clock: u32,
 }
@@ -270,33 +306,55 @@ impl Sets {
         self.alone[expert]
     }
 
-    /// The sets that a rank is outside of.
+    /// The sets that a rank is in.
     #[inline(always)]
-    pub(super) fn outside(&self, rank: usize) -> u64 {
-        !self.within[rank]
+    pub(super) fn within(&self, rank: usize) -> u64 {
+        self.within[rank]
     }
 
-    /// The sets that come to hold an expert alone if it leaves a slot.
+    /// The sets that hold a slot's expert alone if it leaves.
     #[inline(always)]
-    pub(super) fn gaining(&self, layer: &Layer, slot: u32) -> u64 {
-        let expert = layer.expert(slot);
-        self.holding(layer, expert, Some(slot)) & !self.alone[expert]
+    pub(super) fn leaving(&self, layer: &Layer, slot: u32) -> u64 {
+        self.holding(layer, layer.expert(slot), Some(slot))
     }
 
-    /// What each set's mean loses if an expert of this load has a replica outside of it, too.
+    /// The mean of a set after some shifts.
     #[inline(always)]
-    pub(super) fn losses(&self, expert: usize, load: f32) -> Row {
-        spread(self.alone[expert], &self.inverse, load)
+    pub(super) fn mean(&self, set: usize, shifts: &[Shift]) -> f32 {
+        let mut change = 0.0;
+        for shift in shifts {
+            let (gained, lost) = (shift.gained >> set & 1, shift.lost >> set & 1);
+            change += (gained as f32 - lost as f32) * shift.load;
+        }
+        self.means[set] + change * self.inverse[set]
     }
 
-    /// The largest of the means, each less what it loses and with what it gains; 1 if that is
-    /// larger.
+    /// The mean of the set that was tight last, after some shifts.
     #[inline(always)]
-    pub(super) fn largest(&self, change: impl Fn(usize) -> f32) -> f32 {
+    pub(super) fn tight_mean(&self, shifts: &[Shift]) -> f32 {
+        self.mean(self.tight, shifts)
+    }
+
+    /// The largest mean after some shifts; 1 if that is larger.
+    #[inline(always)]
+    pub(super) fn largest(&self, shifts: &[Shift]) -> f32 {
         let mut largest = [1.0f32; LANES];
         for begin in (0..self.len).step_by(LANES) {
+            let mut change = [0.0f32; LANES];
+            for shift in shifts {
+                for (sets, load) in [(shift.gained, shift.load), (shift.lost, -shift.load)] {
+                    let sets = (sets >> begin) as u32;
+                    if sets == 0 {
+                        continue;
+                    }
+                    for lane in 0..LANES {
+                        change[lane] += if sets & 1 << lane != 0 { load } else { 0.0 };
+                    }
+                }
+            }
             for lane in 0..LANES {
-                let mean = self.means[begin + lane] + change(begin + lane);
+                let set = begin + lane;
+                let mean = self.means[set] + change[lane] * self.inverse[set];
                 largest[lane] = larger(largest[lane], mean);
             }
         }
@@ -310,24 +368,8 @@ impl Sets {
         largest[0]
     }
 
-    /// A bound for the level after experts have come to be elsewhere.
-    #[inline(always)]
-    fn bound(&self, layer: &Layer, loads: &[f32], experts: &[usize]) -> f32 {
-        let mut change = [0.0; MOST];
-        for &expert in experts {
-            let (before, after) = (self.alone[expert], self.holding(layer, expert, None));
-            for set in bits(after & !before) {
-                change[set] += self.inverse[set] * loads[expert];
-            }
-            for set in bits(before & !after) {
-                change[set] -= self.inverse[set] * loads[expert];
-            }
-        }
-        self.largest(|set| change[set])
-    }
-
     /// Takes note that experts are elsewhere.
-    pub(super) fn moved(&mut self, layer: &Layer, loads: &[f32], experts: &[usize]) {
+    fn moved(&mut self, layer: &Layer, loads: &[f32], experts: &[usize]) {
         for &expert in experts {
             let (before, after) = (self.alone[expert], self.holding(layer, expert, None));
             self.alone[expert] = after;
@@ -343,7 +385,7 @@ impl Sets {
     /// The sets that hold an expert alone if it leaves a slot.
     #[inline(always)]
     fn holding(&self, layer: &Layer, expert: usize, left: Option<u32>) -> u64 {
-        let mut sets = u64::MAX >> (MOST - self.len.max(1));
+        let mut sets = u64::MAX;
         for &place in layer.places(expert) {
             if Some(place) != left {
                 sets &= self.within[layer.rank(place as usize)];
@@ -351,17 +393,6 @@ impl Sets {
         }
         sets
     }
-}
-
-/// `factor * row` where a bit is set, else 0.
-#[inline(always)]
-pub(super) fn spread(set: u64, row: &Row, factor: f32) -> Row {
-    let mut spread = [0.0; MOST];
-    for lane in 0..MOST {
-        let there = set >> lane & 1 != 0;
-        spread[lane] = if there { row[lane] * factor } else { 0.0 };
-    }
-    spread
 }
 
 /// One instruction, where `f32::max` would be three for the sake of NaN.
