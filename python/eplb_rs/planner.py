@@ -95,8 +95,7 @@ class Planner:
             another node (:attr:`Plan.crossing_tokens`), in tokens that a rank computes; by default
             1. Made least is the load of the heaviest rank plus this times the tokens that cross, as
             a mean over ranks: 0 is ``"free"``, a high price ``"strict"``. Where nodes have no room
-            for whole groups, groups are ignored; :meth:`plan` with ``previous``, too, ignores them.
-            Such a plan takes long: 0.1 to 0.4 s for 58 layers of 288 slots on 4 nodes.
+            for whole groups, groups are ignored. Such a plan takes long: 0.1 to 0.4 s for 58 layers of 288 slots on 4 nodes.
         iterations: Under ``policy="balanced"``, how many steps the search may take for a layer;
             by default 1,000. The same plan on every machine. Layers that are even enough stop
             sooner; more steps never give a worse plan.
@@ -280,7 +279,7 @@ class Planner:
             else:
                 raise _wrong_type("limits", limits, "an eplb_rs.TransferLimits")
         rule = "strict" if core.keeps_groups else "free"
-        if core.policy == "balanced" and core.group_rule == "priced" and previous is None:
+        if core.policy == "balanced" and core.group_rule == "priced":
             rule = "priced"
         return Plan._made(placement, array, core.num_groups, core.policy, layer_ids, rule)
 

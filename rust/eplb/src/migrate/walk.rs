@@ -137,14 +137,14 @@ impl<'a> Walker<'a> {
     }
 
     /// Takes steps until no rank takes longer than `target` or no step helps. `visit` is told of
-    /// each step, its moves and the level after it, and says whether to go on.
+    /// each step, its moves and who holds what after it, and says whether to go on.
     #[inline(always)]
     pub(crate) fn walk_to(
         &mut self,
         target: i32,
         repeats: bool,
         fuel: &mut Fuel,
-        mut visit: impl FnMut(Step, i32, i32) -> bool,
+        mut visit: impl FnMut(Step, i32, &Table) -> bool,
     ) {
         self.aim(target);
         self.prize = (self.ranks.mean() * PRIZE) as i32;
@@ -168,8 +168,7 @@ impl<'a> Walker<'a> {
             }
             let Some(offer) = best else { return };
             self.take(offer.step);
-            let level = self.table.level(self.ranks);
-            if !visit(offer.step, offer.moves, level) {
+            if !visit(offer.step, offer.moves, self.table) {
                 return;
             }
         }
@@ -180,7 +179,7 @@ impl<'a> Walker<'a> {
     pub(crate) fn walk_for_nothing(
         &mut self,
         fuel: &mut Fuel,
-        mut visit: impl FnMut(Step, i32, i32),
+        mut visit: impl FnMut(Step, i32, &Table),
     ) {
         let mut level = self.table.level(self.ranks);
         // No step is worth that another rank is as heavy then.
@@ -197,7 +196,7 @@ impl<'a> Walker<'a> {
                 return;
             }
             level = after;
-            visit(offer.step, offer.moves, level);
+            visit(offer.step, offer.moves, self.table);
         }
     }
 
