@@ -12,6 +12,7 @@
 //! ranks [renamed](relabel) so that fewest experts move.
 
 mod layer;
+mod price;
 mod relabel;
 mod rows;
 mod settle;
@@ -27,7 +28,7 @@ use crate::error::{Code, Error, Result};
 use crate::load::Load;
 use crate::placement::{Placement, Replica};
 use crate::topology::Topology;
-use layer::{Layer, Walked};
+use layer::{Layer, Point, Walked};
 use table::Ranks;
 
 /// How far above the floor the levels are that are aimed at for a whole frontier, and for its end.
@@ -86,6 +87,8 @@ pub struct Reach {
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     ranks: Ranks,
+    /// The same, where what crosses has a price: then they also walk without leaving their nodes.
+    nodes: Ranks,
     layers: Vec<Layer>,
     layer: layer::Scratch,
     /// How far ranks are above the floor of their layer, over all layers, furthest first.
@@ -103,6 +106,9 @@ struct Piece {
     /// What a move gains, in the unit of the load.
     slope: f64,
     gain: f64,
+    /// By how much the heaviest rank is lighter, which is all that is gained where nothing is paid for
+    /// what crosses.
+    relief: f64,
     moves: usize,
     layer: usize,
     point: usize,
@@ -148,34 +154,40 @@ impl Reach {
 }
 
 impl Scratch {
-    /// Explores what moves would do to each layer: along the whole frontier, where nothing else says
-    /// how far, or at its end alone.
-    pub(crate) fn explore(
+    /// Takes over the placement in force, and makes the moves that cannot be avoided.
+    pub(crate) fn start(
         &mut self,
         topology: &Topology,
         shape: &Shape,
-        budget: Budget,
         load: &Load<'_>,
         previous: &Placement,
-        reach: &Reach,
-        whole: bool,
+        repeats: bool,
     ) -> Result<()> {
         check_previous(topology, load, previous)?;
-        self.ranks.set(topology, shape.kept_group_size());
+        match shape.price() {
+            None => self.ranks.set(topology, shape.kept_group_size()),
+            Some((group_size, cost)) => {
+                self.ranks.set(topology, None);
+                self.ranks.set_price(topology, group_size, cost);
+                self.nodes.set(topology, None);
+                self.nodes.set_price(topology, group_size, cost);
+                self.nodes.confine(topology);
+            }
+        }
         self.layers.resize_with(load.num_layers(), Layer::default);
         let rows = previous.phy2log().chunks_exact(topology.num_slots());
         for ((layer, load), row) in self.layers.iter_mut().zip(load.layers()).zip(rows) {
-            layer.start(
-                &self.ranks,
-                topology,
-                load,
-                row,
-                reach.repeats,
-                &mut self.layer,
-            );
+            layer.start(&self.ranks, topology, load, row, repeats, &mut self.layer);
         }
-        // Far more than a layer has slots is no limit.
-        let all = load.num_layers() * topology.num_slots();
+        Ok(())
+    }
+
+    /// Explores what moves would do to each layer: along the `whole` frontier, where nothing else says
+    /// how far, or at its end alone.
+    pub(crate) fn walk(&mut self, reach: &Reach, whole: bool, budget: Budget) {
+        let whole = whole || reach.move_cost > 0.0 || self.ranks.price().is_some();
+        // More than there are slots is no limit.
+        let all = self.layers.len() * self.ranks.num_slots();
         let most = reach.max_moves.filter(|&most| most < all);
         match (most, reach.min_balance) {
             (Some(most), _) => self.walk_moves(most.saturating_sub(self.forced()), budget),
@@ -183,11 +195,10 @@ impl Scratch {
                 let aim = self.aim_of_balance(balance) * NEAR;
                 self.walk_to(&[aim.max(LEAST_AIM)], budget);
             }
-            (None, None) if whole || reach.move_cost > 0.0 => self.walk_to(&LEVELS, budget),
+            (None, None) if whole => self.walk_to(&LEVELS, budget),
             (None, None) => self.walk_to(&LAST_LEVELS, budget),
         }
         self.list_pieces();
-        Ok(())
     }
 
     /// The layers for which a plan from scratch may be worth having: if moves are left when all walks
@@ -206,7 +217,7 @@ impl Scratch {
             let near = reach.min_balance.map_or(0.0, |balance| 1.0 / balance);
             let near = self.ranks.mean() * near.max(1.0 + SPARED);
             let layers = self.layers.iter().enumerate();
-            let short = layers.filter(|(_, layer)| f64::from(layer.level()) > near);
+            let short = layers.filter(|(_, layer)| f64::from(layer.value()) > near);
             self.short.extend(short.map(|(index, _)| index));
         }
         &self.short
@@ -216,7 +227,12 @@ impl Scratch {
     pub(crate) fn add_plans(&mut self, topology: &Topology, plans: &[Replica]) {
         let rows = plans.chunks_exact(topology.num_slots());
         for (&layer, row) in self.short.iter().zip(rows) {
-            self.layers[layer].add_plan(&self.ranks, topology, row, &mut self.layer);
+            // What crosses is as planned only if the ranks of a node stay together.
+            let ranks = match self.ranks.price() {
+                Some(_) => &self.nodes,
+                None => &self.ranks,
+            };
+            self.layers[layer].add_plan(ranks, topology, row, &mut self.layer);
         }
         self.list_pieces();
     }
@@ -291,6 +307,10 @@ impl Scratch {
         let mut total = Walked::default();
         for layer in &mut self.layers {
             let mut fuel = meter.next();
+            if self.ranks.price().is_some() {
+                walk_to(layer, &self.nodes, aim, most, &mut fuel, &mut self.layer);
+                fuel = fuel.refilled();
+            }
             let walked = walk_to(layer, &self.ranks, aim, most, &mut fuel, &mut self.layer);
             total.moves += walked.moves;
             total.above += walked.above;
@@ -305,10 +325,11 @@ impl Scratch {
             layer.keep_hull();
             for (point, pair) in layer.points().windows(2).enumerate() {
                 let moves = (pair[1].moves - pair[0].moves) as usize;
-                let gain = f64::from(pair[0].level - pair[1].level) * layer.unit;
+                let gain = f64::from(pair[0].value() - pair[1].value()) * layer.unit;
                 self.pieces.push(Piece {
                     slope: gain / moves as f64,
                     gain,
+                    relief: f64::from(pair[0].level - pair[1].level) * layer.unit,
                     moves,
                     layer: index,
                     point: point + 1,
@@ -368,19 +389,23 @@ impl Scratch {
     }
 
     /// The mean rank load and the largest after the moves that are forced and those that cost
-    /// nothing, summed over layers.
+    /// nothing, summed over layers; the largest with what crosses, if that is paid for.
     fn mean_and_largest(&self) -> (f64, f64) {
+        self.mean_and_first(Point::value)
+    }
+
+    fn mean_and_first(&self, of: impl Fn(&Point) -> i32) -> (f64, f64) {
         let units: f64 = self.layers.iter().map(|layer| layer.unit).sum();
         let firsts = self.layers.iter().filter_map(|layer| {
             let first = layer.points().first()?;
-            Some(f64::from(first.level) * layer.unit)
+            Some(f64::from(of(first)) * layer.unit)
         });
         (units * self.ranks.mean(), firsts.sum())
     }
 
     /// Balance against moves, from none that is not forced to as many as help.
     pub(crate) fn frontier(&self) -> Vec<Milestone> {
-        let (mean, mut largest) = self.mean_and_largest();
+        let (mean, mut largest) = self.mean_and_first(|point| point.level);
         let balance = |largest: f64| {
             if largest > 0.0 {
                 (mean / largest).min(1.0)
@@ -396,7 +421,7 @@ impl Scratch {
         });
         for piece in &self.pieces {
             moves += piece.moves;
-            largest -= piece.gain;
+            largest -= piece.relief;
             milestones.push(Milestone {
                 moves,
                 balance: balance(largest),

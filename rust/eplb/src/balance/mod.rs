@@ -180,6 +180,12 @@ impl Shape {
         self.num_groups > 1
     }
 
+    /// How many experts a group has that may leave its node, and what that costs for each token.
+    pub(crate) fn price(&self) -> Option<(usize, f64)> {
+        let size = self.num_experts / self.num_groups;
+        self.crossing_cost.map(|cost| (size, cost))
+    }
+
     /// How many experts a group has, where groups stay on one node.
     pub(crate) fn kept_group_size(&self) -> Option<usize> {
         self.keeps_groups()

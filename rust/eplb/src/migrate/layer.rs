@@ -17,10 +17,30 @@ use crate::topology::Topology;
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Point {
     pub(crate) moves: u32,
+    /// The longest that any rank takes, and the price of what crosses.
     pub(crate) level: i32,
+    pub(crate) price: i32,
     /// The steps that lead there.
     first: u32,
     end: u32,
+}
+
+impl Point {
+    /// What a table comes to; the moves and steps that lead there are to be filled in.
+    #[inline(always)]
+    fn of(ranks: &Ranks, weight: &[i32], table: &Table, served: &mut Vec<i64>) -> Self {
+        let price = ranks.price();
+        Self {
+            level: table.level(ranks),
+            price: price.map_or(0, |price| price.of(ranks, weight, table, served)),
+            ..Self::default()
+        }
+    }
+
+    /// What is made least.
+    pub(crate) fn value(&self) -> i32 {
+        self.level.saturating_add(self.price)
+    }
 }
 
 /// What a walk took: the moves, and how many ranks were above its level.
@@ -42,6 +62,7 @@ pub(crate) struct Scratch {
     /// What a rank holds and has no slot for yet.
     unplaced: Vec<u32>,
     numbers: Vec<u32>,
+    served: Vec<i64>,
     /// Sites that another expert gets.
     changed: Vec<Site>,
 }
@@ -100,12 +121,8 @@ impl Layer {
             .fold(0.0, f64::max);
         self.steps.clear();
         self.points.clear();
-        self.points.push(Point {
-            moves,
-            level: self.start.level(ranks),
-            first: 0,
-            end: 0,
-        });
+        let first = Point::of(ranks, &self.weight, &self.start, &mut scratch.served);
+        self.points.push(Point { moves, ..first });
     }
 
     /// How many experts a table has on ranks that did not hold them before any move.
@@ -142,9 +159,17 @@ impl Layer {
         }
         scratch.table.copy_from(&self.start);
         let mut trail = Trail::new(self.forced(), &mut self.steps, &mut self.points);
-        let Scratch { table, walk, .. } = scratch;
-        let mut walker = Walker::new(ranks, &self.weight, &self.home, table, walk);
-        walker.walk_for_nothing(fuel, |step, moves, level| trail.add(step, moves, level));
+        let Scratch {
+            table,
+            walk,
+            served,
+            ..
+        } = scratch;
+        let weight = &self.weight;
+        let mut walker = Walker::new(ranks, weight, &self.home, table, walk);
+        walker.walk_for_nothing(fuel, |step, moves, table| {
+            trail.add(step, moves, Point::of(ranks, weight, table, served));
+        });
     }
 
     /// Walks to a level, given as a fraction above the floor, or until more than so many moves are
@@ -167,10 +192,16 @@ impl Layer {
         scratch.table.copy_from(&self.start);
         let forced = self.forced();
         let mut trail = Trail::new(forced, &mut self.steps, &mut self.points);
-        let Scratch { table, walk, .. } = scratch;
-        let mut walker = Walker::new(ranks, &self.weight, &self.home, table, walk);
-        walker.walk_to(target, self.repeats, fuel, |step, moves, level| {
-            trail.add(step, moves, level);
+        let Scratch {
+            table,
+            walk,
+            served,
+            ..
+        } = scratch;
+        let weight = &self.weight;
+        let mut walker = Walker::new(ranks, weight, &self.home, table, walk);
+        walker.walk_to(target, self.repeats, fuel, |step, moves, table| {
+            trail.add(step, moves, Point::of(ranks, weight, table, served));
             trail.moves as usize <= forced.saturating_add(most)
         });
         let moves = (trail.moves as usize).saturating_sub(forced);
@@ -191,6 +222,7 @@ impl Layer {
             unplaced,
             changed,
             relabel: names,
+            served,
             ..
         } = scratch;
         relabel(ranks, topology, &self.home, plan, names);
@@ -223,9 +255,9 @@ impl Layer {
         }
         self.points.push(Point {
             moves: self.moves_to(table),
-            level: table.level(ranks),
             first: first as u32,
             end: self.steps.len() as u32,
+            ..Point::of(ranks, &self.weight, table, served)
         });
     }
 
@@ -234,9 +266,9 @@ impl Layer {
         keep_hull(&mut self.points);
     }
 
-    /// The lowest level on the hull.
-    pub(crate) fn level(&self) -> i32 {
-        self.points.last().map_or(0, |point| point.level)
+    /// The least value on the hull.
+    pub(crate) fn value(&self) -> i32 {
+        self.points.last().map_or(0, Point::value)
     }
 
     /// The points, by moves.
@@ -316,25 +348,25 @@ impl<'a> Trail<'a> {
     }
 
     #[inline(always)]
-    fn add(&mut self, step: Step, moves: i32, level: i32) {
+    fn add(&mut self, step: Step, moves: i32, point: Point) {
         self.moves = self.moves.saturating_add_signed(moves);
         self.steps.push(step);
         self.points.push(Point {
             moves: self.moves,
-            level,
             first: self.first,
             end: self.steps.len() as u32,
+            ..point
         });
     }
 }
 
 /// Keeps the lower convex hull, by moves.
 fn keep_hull(points: &mut Vec<Point>) {
-    points.sort_unstable_by_key(|point| (point.moves, point.level, point.first, point.end));
+    points.sort_unstable_by_key(|point| (point.moves, point.value(), point.first, point.end));
     let mut kept = 0;
     for index in 0..points.len() {
         let next = points[index];
-        if kept > 0 && next.level >= points[kept - 1].level {
+        if kept > 0 && next.value() >= points[kept - 1].value() {
             continue;
         }
         while kept > 1 && above(&points[kept - 2], &points[kept - 1], &next) {
@@ -353,11 +385,11 @@ fn keep_hull(points: &mut Vec<Point>) {
 fn above(a: &Point, b: &Point, c: &Point) -> bool {
     let (run, rise) = (
         i64::from(c.moves) - i64::from(a.moves),
-        i64::from(c.level) - i64::from(a.level),
+        i64::from(c.value()) - i64::from(a.value()),
     );
     let (part, partial) = (
         i64::from(b.moves) - i64::from(a.moves),
-        i64::from(b.level) - i64::from(a.level),
+        i64::from(b.value()) - i64::from(a.value()),
     );
     partial * run >= rise * part
 }

@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::price::Price;
 use super::rows::ROW;
 use crate::balance::{WHOLE, share};
 use crate::topology::Topology;
@@ -39,13 +40,17 @@ pub(crate) struct Ranks {
     num_islands: usize,
     /// How many experts are in a group, where groups stay on their node.
     group_size: Option<usize>,
+    /// What is paid for tokens that cross between nodes, if anything.
+    price: Option<Price>,
     stride: usize,
     num_slots: usize,
     num_words: usize,
 }
 
 impl Ranks {
+    /// Takes the ranks; experts of a group stay on their node where a size of groups is given.
     pub(crate) fn set(&mut self, topology: &Topology, group_size: Option<usize>) {
+        self.price = None;
         self.gpus.clear();
         self.slots_of.clear();
         self.slowness.clear();
@@ -68,8 +73,40 @@ impl Ranks {
         self.num_words = self.gpus.len().div_ceil(64);
     }
 
+    /// Lets groups of so many experts leave their node at a cost for each token that crosses.
+    pub(crate) fn set_price(&mut self, topology: &Topology, group_size: usize, cost: f64) {
+        let nodes = self.gpus.iter().map(|&gpu| topology.node_of(gpu as usize));
+        self.price = Some(Price {
+            cost: cost / self.len().max(1) as f64,
+            group_size,
+            num_nodes: topology.num_nodes(),
+            node_of: nodes.map(|node| node as u32).collect(),
+        });
+    }
+
+    /// What is paid for tokens that cross between nodes, if anything.
+    pub(crate) fn price(&self) -> Option<&Price> {
+        self.price.as_ref()
+    }
+
+    /// Lets no rank give experts to one of another node.
+    pub(crate) fn confine(&mut self, topology: &Topology) {
+        let nodes = self
+            .gpus
+            .iter()
+            .map(|&gpu| topology.node_of(gpu as usize) as u32);
+        self.island_of.clear();
+        self.island_of.extend(nodes);
+        self.num_islands = topology.num_nodes();
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.gpus.len()
+    }
+
+    /// How many slots all ranks have.
+    pub(crate) fn num_slots(&self) -> usize {
+        self.slots_of.iter().sum::<u32>() as usize
     }
 
     /// How many slots a rank has.

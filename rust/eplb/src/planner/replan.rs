@@ -117,15 +117,19 @@ impl Planner {
         whole: bool,
         scratch: &mut Scratch,
     ) -> Result<()> {
-        let shape = self.balanced_shape(load.num_experts())?;
+        let fresh = self.fresh_shape(load.num_experts());
+        let shape = match &fresh {
+            Ok(shape) if shape.price().is_some() => *shape,
+            _ => self.balanced_shape(load.num_experts())?,
+        };
         let start = Instant::now();
         let budget = self.budget.halved();
         let migrate = &mut scratch.migrate;
-        migrate.explore(&self.topology, &shape, budget, load, previous, reach, whole)?;
+        migrate.start(&self.topology, &shape, load, previous, reach.repeats)?;
+        migrate.walk(reach, whole, budget);
         let short = migrate.list_short(reach);
         // Where a node has no group left, moves may lead on, but a plan from scratch is refused.
-        let shape = self.fresh_shape(load.num_experts());
-        if let (false, Ok(shape)) = (short.is_empty(), shape) {
+        if let (false, Ok(shape)) = (short.is_empty(), fresh) {
             let mut loads = std::mem::take(&mut scratch.loads);
             loads.clear();
             for &layer in short {
