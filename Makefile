@@ -134,6 +134,7 @@ bench: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time everythi
 	@$(STEP) 'shares' $(BIN)/python benches/shares.py
 	@$(STEP) 'real time' $(BIN)/python benches/realtime.py
 	@$(STEP) 'next window' $(BIN)/python benches/next_window.py
+	@$(STEP) 'few moves' $(BIN)/python benches/few_moves.py
 	@$(STEP) 'schedules' $(BIN)/python benches/schedules.py
 	@$(STEP) 'tables of the schedule page' $(BIN)/python benches/schedule_tables.py
 	@$(STEP) 'figures in README.md' $(BIN)/python benches/readme_figures.py
