@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 SLOTS, RANKS = 288, 32
 MOVES = (0, 30, 60, 100, 150)
@@ -117,7 +117,7 @@ def main() -> None:
     later = off(load, 0.1, 1)
     topology = eplb_rs.Topology.from_totals(num_replicas=SLOTS, num_nodes=1, num_gpus=RANKS)
     planner = eplb_rs.Planner(topology)
-    makers = {
+    makers: dict[str, Callable[[], eplb_rs.Plan]] = {
         "linked": lambda: planner.plan_linked(load),
         "ordinary": lambda: planner.plan(load),
         "DeepSeek": lambda: eplb_rs.Planner(topology, policy="deepseek").plan(load),

@@ -152,6 +152,8 @@ def test_few_moves_relieve_an_ordinary_plan(jittered):
     assert after_moves(plan, later, 60) >= 0.988
     assert after_moves(plan, later, 150) >= 0.9955
     assert after_moves(plan, later, 150, threads=3) == after_moves(plan, later, 150)
+    # Where no replacement helps any more, swaps go on.
+    assert after_moves(plan, later, 300) >= 0.998
 
 
 def one_layer_level(plan, loads, weights):
