@@ -13,10 +13,19 @@ def reach_of(
     max_moves: int | None, move_cost: float, min_balance: float | None, repeats: bool
 ) -> tuple[int | None, float, float | None, bool]:
     """How far to go from the plan in force, as the native module takes it."""
+    if min_balance is not None:
+        min_balance = as_number(min_balance, "min_balance", above=True)
+        if min_balance > 1.0:
+            raise InvalidInputError(
+                code="out_of_range",
+                argument="min_balance",
+                got=repr(min_balance),
+                expected="above 0 and at most 1, which is even",
+            )
     return (
         None if max_moves is None else as_count(max_moves, "max_moves", least=0),
         as_number(move_cost, "move_cost"),
-        None if min_balance is None else as_number(min_balance, "min_balance", above=True),
+        min_balance,
         repeats,
     )
 

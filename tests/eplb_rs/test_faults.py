@@ -42,6 +42,24 @@ def test_a_rank_dies(previous: Plan, dead: list[int]) -> None:
     assert arrivals(enough, previous) <= 8 * 40
 
 
+@pytest.mark.parametrize("dead", range(32))
+def test_any_rank_may_die(previous: Plan, dead: int) -> None:
+    topology = ALL.with_dead([dead])
+    planner = Planner(topology)
+    scratch = planner.plan(LOAD).balance
+    least = orphans(previous, topology)
+    for limits, most, wanted in (
+        ({"max_moves": 0}, least, 0.82),
+        ({"max_moves": least * 11 // 10}, least * 11 // 10, 0.85),
+        ({"min_balance": 0.99 * scratch}, 6 * least, 0.99 * scratch - 1e-6),
+        ({}, 11 * least, scratch / 1.0011),
+    ):
+        plan = planner.plan(LOAD, previous=previous, **limits)  # type: ignore[arg-type]
+        assert arrivals(plan, previous) <= most
+        assert plan.balance >= wanted
+        assert set(range(256)) == set(plan.phy2log[0].tolist()) - {-1}
+
+
 def test_a_node_of_two_dies() -> None:
     topology = Topology(16, 2, 9)
     previous = Planner(topology, policy="balanced").plan(LOAD)

@@ -227,6 +227,17 @@ def test_a_plan_with_an_expert_twice_on_a_rank_is_a_start_as_well() -> None:
     assert plan.duplicates == 0
 
 
+@pytest.mark.parametrize("load", [1e30, 1e-45, 0.0])
+def test_loads_may_be_huge_or_nothing(previous: Plan, load: float) -> None:
+    loads = np.full((58, 256), np.float32(1e-40))
+    loads[:, 7] = load
+    for limits in ({}, {"max_moves": 0}, {"max_moves": 99}, {"min_balance": 0.9}, {"move_cost": 1}):
+        plan = PLANNER.plan(loads, previous=previous, **limits)  # type: ignore[arg-type]
+        assert set(plan.phy2log[0].tolist()) == set(range(256))
+        assert 0 < plan.balance <= 1
+    assert PLANNER.plan(loads, previous=previous).balance * SPARED >= PLANNER.plan(loads).balance
+
+
 def test_what_does_not_fit_is_refused(previous: Plan) -> None:
     other = Planner(Topology(4, 8, 10), policy="balanced")
     for planner, load, arguments, name in (
@@ -238,6 +249,7 @@ def test_what_does_not_fit_is_refused(previous: Plan) -> None:
         (PLANNER, AFTER, {"move_cost": 3}, "move_cost"),
         (PLANNER, AFTER, {"previous": previous, "move_cost": float("nan")}, "move_cost"),
         (PLANNER, AFTER, {"previous": previous, "min_balance": 0}, "min_balance"),
+        (PLANNER, AFTER, {"previous": previous, "min_balance": 1.01}, "min_balance"),
         (PLANNER, AFTER, {"previous": previous, "limits": 3}, "limits"),
         (
             PLANNER,

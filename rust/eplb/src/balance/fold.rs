@@ -29,6 +29,10 @@ const STEP: f64 = 0.003;
 /// How many steps one level is aimed at; then one half as far.
 const TRIES: u32 = 12;
 
+/// At which of these steps all changes that are likely to help are tried: where many levels are easily
+/// reached, that would take longer than it saves.
+const THOROUGH: u32 = 5;
+
 /// How many experts are tried as the one to lose a replica, and as the one to gain it.
 const GIVERS: usize = 3;
 const TAKERS: usize = 4;
@@ -235,7 +239,7 @@ pub(crate) fn improve(
             most,
             givers,
         };
-        let change = if tries == 1 {
+        let change = if tries == THOROUGH {
             layer.best_change(aim, spare, tried)
         } else {
             layer.some_change(aim, spare, tried, &mut random)
