@@ -34,6 +34,7 @@ pub(crate) struct Fuel {
     /// What it held at first; the measure of how much patience a search may have.
     pub(crate) capacity: u32,
     left: u32,
+    began: Instant,
     deadline: Option<Instant>,
 }
 
@@ -42,6 +43,7 @@ impl Fuel {
         Self {
             capacity,
             left: capacity,
+            began: Instant::now(),
             deadline: None,
         }
     }
@@ -51,6 +53,7 @@ impl Fuel {
         Self {
             capacity,
             left: capacity,
+            began: Instant::now(),
             deadline: Some(deadline),
         }
     }
@@ -60,6 +63,17 @@ impl Fuel {
         Self {
             left: self.capacity,
             ..self.clone()
+        }
+    }
+
+    /// Which part of it is spent, 0 to 1.
+    pub(crate) fn spent(&self) -> f32 {
+        match self.deadline {
+            None => 1.0 - self.left as f32 / self.capacity.max(1) as f32,
+            Some(deadline) => {
+                let all = deadline.saturating_duration_since(self.began).as_secs_f32();
+                (self.began.elapsed().as_secs_f32() / all.max(1e-9)).min(1.0)
+            }
         }
     }
 

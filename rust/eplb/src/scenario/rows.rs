@@ -145,6 +145,21 @@ pub(super) fn total(row: &Row) -> f32 {
     sums[0]
 }
 
+/// The weighted sum of squares of what is above the mean.
+#[inline(always)]
+pub(super) fn squares(row: &Row, weights: &Row) -> f32 {
+    let mut squares = [0.0f32; LANES];
+    for lane in 0..LANES {
+        let over = if row[lane] > 1.0 {
+            row[lane] - 1.0
+        } else {
+            0.0
+        };
+        squares[lane] = weights[lane] * over * over;
+    }
+    total(&squares)
+}
+
 /// What an exchange does to the rows of a table: for each of the two experts it concerns, how much
 /// of the expert's load each row gains.
 #[derive(Debug)]
