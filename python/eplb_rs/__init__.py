@@ -12,11 +12,12 @@ loads, :mod:`eplb_rs.testing` helps to property-test placements.
 """
 
 from eplb_rs._core import Topology, __version__
+from eplb_rs.buffers import PlanBuffers
 from eplb_rs.deepseek import rebalance_experts
 from eplb_rs.errors import InfeasibleError, InvalidInputError, PlanError
 from eplb_rs.explanation import Explanation, explain
 from eplb_rs.plan import GroupCost, Plan
-from eplb_rs.planner import Milestone, PlanBuffers, Planner, Timing
+from eplb_rs.planner import Milestone, Planner, Timing
 from eplb_rs.transfers import TransferLimits, Transfers
 from eplb_rs.worth import Worth
 

@@ -5,7 +5,6 @@ Letters: L layers, E logical experts, R slots, D ranks (GPUs), X the most replic
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 
-from eplb_rs import _core
+from eplb_rs import _core, _plan_json
 from eplb_rs._inputs import as_count, as_load, as_slots, as_topology
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.transfers import Transfers
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
     from eplb_rs.shares import Shares, Splitter
 
 __all__ = ["GroupCost", "Plan"]
-
-_FORMAT = "eplb-rs plan"
-_FORMAT_VERSION = 1
-_GROUP_RULES = ("strict", "priced", "free")
 
 
 class GroupCost(NamedTuple):
@@ -127,7 +122,7 @@ class Plan:
         expert_load = as_load(load)
         num_layers, num_experts = expert_load.shape
         slots = as_slots(phy2log, (num_layers, as_topology(topology).num_slots))
-        num_groups = _checked_groups(num_groups, num_experts)
+        num_groups = _plan_json.checked_groups(num_groups, num_experts)
         placement = _core.Placement(topology, num_experts, slots.ravel())
         placement.rank_load(expert_load)  # refuses what is no load
         return cls._made(placement, expert_load, num_groups, policy, layer_ids)
@@ -201,13 +196,7 @@ class Plan:
     def rank_time(self) -> npt.NDArray[np.float64]:
         """`[L, D]` float64, how long each rank takes: its load over its speed, where the mean speed
         of the ranks that are not dead counts as 1. The rank load, if all are equally fast."""
-        topology = self.topology
-        if topology.is_even:
-            return self.rank_load
-        speeds = np.array(topology.speeds)
-        live = np.ones(len(speeds), dtype=bool)
-        live[topology.dead] = False
-        return _read_only(self.rank_load * (speeds[live].mean() / speeds))
+        return _read_only(rank_times(self.topology, self.rank_load))
 
     @property
     def balance(self) -> float:
@@ -408,30 +397,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON, one line per layer and array."""
-        topology = self.topology
-        counts = self.logcnt.tolist()
-        slots = [
-            [row[:count] for row, count in zip(rows, layer_counts, strict=True)]
-            for rows, layer_counts in zip(self.log2phy.tolist(), counts, strict=True)
-        ]
-        fields: dict[str, Any] = {
-            "format": _FORMAT,
-            "version": _FORMAT_VERSION,
-            "topology": {
-                "num_nodes": topology.num_nodes,
-                "gpus_per_node": topology.gpus_per_node,
-                "slots_per_gpu": topology.slots_per_gpu,
-                **_differences(topology),
-            },
-            "num_groups": self._num_groups,
-            "policy": self._policy,
-            "group_rule": self._group_rule,
-            "layer_ids": list(self._layer_ids),
-            "phy2log": self.phy2log.tolist(),
-            "log2phy": slots,
-            "expert_load": [_numbers(row) for row in self._expert_load],
-        }
-        return "{\n" + ",\n".join(_field(name, value) for name, value in fields.items()) + "\n}\n"
+        return _plan_json.text_of(self)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -442,39 +408,7 @@ class Plan:
                 plan, or what :meth:`from_phy2log` says of its content; ``inconsistent`` if its
                 maps disagree.
         """
-        if not isinstance(text, str | bytes):
-            raise _not_a_plan("wrong_type", type(text).__name__, "text", argument="text")
-        try:
-            fields = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise _not_a_plan("not_json", str(error)) from None
-        if not isinstance(fields, dict) or fields.get("format") != _FORMAT:
-            raise _not_a_plan("wrong_format", "JSON of another kind")
-        if fields.get("version") != _FORMAT_VERSION:
-            raise _not_a_plan("wrong_format", f"version {fields.get('version')!r}")
-        try:
-            topology = _core.Topology(**fields["topology"])
-            expert_load = as_load(fields["expert_load"], "expert_load")
-            num_layers, num_experts = expert_load.shape
-            slots = as_slots(fields["phy2log"], (num_layers, topology.num_slots))
-            log2phy, logcnt = _padded(fields["log2phy"], expert_load.shape, _live_slots(topology))
-            num_groups = _checked_groups(fields["num_groups"], num_experts)
-            policy, layer_ids = fields["policy"], fields["layer_ids"]
-            group_rule = fields.get("group_rule", "free")
-            if group_rule not in _GROUP_RULES:
-                raise ValueError(f"group_rule {group_rule!r}")
-        except InvalidInputError:
-            raise
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise _not_a_plan("wrong_format", f"a field that does not fit: {error!r}") from None
-        placement = _core.Placement(
-            topology, num_experts, slots.ravel(), log2phy.ravel(), logcnt.ravel()
-        )
-        try:
-            placement.rank_load(expert_load)  # refuses what is no load
-        except InvalidInputError as error:
-            raise error.renamed("expert_load") from None
-        return cls._made(placement, expert_load, num_groups, policy, layer_ids, group_rule)
+        return cls._made(*_plan_json.parsed(text))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes :meth:`to_json` to a file."""
@@ -488,17 +422,7 @@ class Plan:
             InvalidInputError: ``wrong_type``, ``missing_file`` or ``unreadable_file``, else as
                 :meth:`from_json`.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise _not_a_plan("missing_file", str(path), "a file that exists") from None
-        except TypeError:
-            got = type(path).__name__
-            raise _not_a_plan("wrong_type", got, "the path of a file", argument="path") from None
-        except (OSError, ValueError) as error:
-            got = f"{path!r}: {error}"
-            raise _not_a_plan("unreadable_file", got, "a JSON file in UTF-8") from None
-        return cls.from_json(text)
+        return cls.from_json(_plan_json.read(path))
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = (
@@ -554,17 +478,17 @@ def _rebuild(
     return cls._made(placement, expert_load, num_groups, policy, layer_ids, group_rule)
 
 
-def _live_slots(topology: _core.Topology) -> int:
-    """How many slots there are on GPUs that are not dead."""
-    slots = topology.slots
-    return sum(slots) - sum(slots[gpu] for gpu in topology.dead)
-
-
-def _differences(topology: _core.Topology) -> dict[str, Any]:
-    """What sets the GPUs of a topology apart, as its constructor takes it."""
+def rank_times(
+    topology: _core.Topology, rank_load: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """How long ranks take for loads `[L, D]`: see :attr:`Plan.rank_time`."""
     if topology.is_even:
-        return {}
-    return {"slots": topology.slots, "speeds": topology.speeds, "dead": topology.dead}
+        return rank_load
+    speeds = np.array(topology.speeds)
+    live = np.ones(len(speeds), dtype=bool)
+    live[topology.dead] = False
+    times: npt.NDArray[np.float64] = rank_load * (speeds[live].mean() / speeds)
+    return times
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -586,63 +510,3 @@ def _checked_layer_ids(layer_ids: Sequence[int] | None, num_layers: int) -> tupl
         code = "wrong_shape"
     expected = f"{num_layers} whole numbers, one per layer"
     raise InvalidInputError(code=code, argument="layer_ids", got=got, expected=expected)
-
-
-def _checked_groups(num_groups: object, num_experts: int) -> int:
-    groups = as_count(num_groups, "num_groups")
-    _core.check_groups(groups, num_experts)
-    return groups
-
-
-def _padded(
-    slots: list[list[list[int]]], shape: tuple[int, int], num_slots: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """`log2phy` and `logcnt` from the slots of each expert, without padding.
-
-    All that decides how much memory this takes is checked first.
-    """
-    rows = [[len(row) for row in layer] for layer in slots]
-    if (len(rows), {len(row) for row in rows}) != (shape[0], {shape[1]}):
-        raise InvalidInputError(
-            code="wrong_shape",
-            argument="log2phy",
-            got=f"{len(rows)} layers of {sorted({len(row) for row in rows})} experts",
-            expected=f"{shape[0]} layers of {shape[1]} experts, as the load has",
-        )
-    counts = np.array(rows, dtype=np.int64)
-    for layer in np.flatnonzero((counts.sum(axis=1) != num_slots) | (counts.min(axis=1) == 0)):
-        raise InvalidInputError(
-            code="inconsistent",
-            argument="log2phy",
-            got=f"{counts[layer].sum()} slots, at least {counts[layer].min()} an expert, at "
-            f"layer {layer}",
-            expected=f"the {num_slots} slots of live GPUs, at least 1 an expert",
-        )
-    listed = np.array([slot for layer in slots for row in layer for slot in row])
-    if listed.dtype.kind not in "iu":
-        raise ValueError("log2phy holds what is no slot")
-    log2phy = np.full((*shape, counts.max()), -1, dtype=np.int64)
-    log2phy[np.arange(log2phy.shape[2]) < counts[..., None]] = listed
-    return log2phy, counts
-
-
-def _numbers(row: Load) -> list[int] | list[float]:
-    """A row of loads as JSON has it: whole numbers without a fraction."""
-    whole = row.astype(np.float64)
-    if (whole == np.floor(whole)).all() and (whole < 2**53).all():
-        return [int(value) for value in whole]
-    return [float(value) for value in whole]
-
-
-def _field(name: str, value: Any) -> str:
-    """A line of JSON; a list of layers takes a line per layer."""
-    if isinstance(value, list) and value and isinstance(value[0], list):
-        rows = ",\n".join("    " + json.dumps(row, separators=(",", ":")) for row in value)
-        return f'  "{name}": [\n{rows}\n  ]'
-    return f"  {json.dumps(name)}: {json.dumps(value)}"
-
-
-def _not_a_plan(
-    code: str, got: str, expected: str = "a plan that Plan.save wrote", argument: str = "plan"
-) -> InvalidInputError:
-    return InvalidInputError(code=code, argument=argument, got=got, expected=expected)

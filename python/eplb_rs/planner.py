@@ -5,7 +5,6 @@ Letters: L layers, E logical experts, R slots, D ranks (GPUs), X the most replic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,6 +12,8 @@ import numpy.typing as npt
 
 from eplb_rs import _core
 from eplb_rs._inputs import as_count, as_load, as_number, as_topology
+from eplb_rs._settings import checked_budget, checked_cost, reach_of, wrong_type
+from eplb_rs.buffers import PlanBuffers
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.plan import Plan
 from eplb_rs.scenarios import Outlook, as_scenarios, as_weights
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from eplb_rs.realtime import Step, StepLimits
     from eplb_rs.worth import Worth
 
-__all__ = ["GroupRule", "Milestone", "PlanBuffers", "Planner", "PolicyName", "Split", "Timing"]
+__all__ = ["GroupRule", "Milestone", "Planner", "PolicyName", "Split", "Timing"]
 
 PolicyName: TypeAlias = Literal["balanced", "deepseek", "trivial"]
 GroupRule: TypeAlias = Literal["strict", "priced", "free"]
@@ -48,22 +49,6 @@ class Milestone(NamedTuple):
     """Experts that arrive on a rank that did not hold them, over all layers."""
     balance: float
     """The balance of the plan then; see :class:`Plan`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PlanBuffers:
-    """Arrays that :meth:`Planner.plan_into` writes a placement into; all int64, C-contiguous.
-
-    Attributes:
-        phy2log: `[L, R]`, the expert in each slot.
-        log2phy: `[L, E, X]` or wider, the slots of each expert, -1 pads; or ``None`` where
-            nobody reads it, which saves most of the writing.
-        logcnt: `[L, E]`, how many replicas each expert has.
-    """
-
-    phy2log: npt.NDArray[np.int64]
-    log2phy: npt.NDArray[np.int64] | None
-    logcnt: npt.NDArray[np.int64]
 
 
 class Planner:
@@ -95,8 +80,7 @@ class Planner:
             another node (:attr:`Plan.crossing_tokens`), in tokens that a rank computes; by default
             1. Made least is the load of the heaviest rank plus this times the tokens that cross, as
             a mean over ranks: 0 is ``"free"``, a high price ``"strict"``. Where nodes have no room
-            for whole groups, groups are ignored; :meth:`plan` with ``previous``, too, ignores them.
-            Such a plan takes long: 0.1 to 0.4 s for 58 layers of 288 slots on 4 nodes.
+            for whole groups, groups are ignored. Such a plan takes long: 0.1 to 0.4 s for 58 layers of 288 slots on 4 nodes.
         iterations: Under ``policy="balanced"``, how many steps the search may take for a layer;
             by default 1,000. The same plan on every machine. Layers that are even enough stop
             sooner; more steps never give a worse plan.
@@ -134,16 +118,16 @@ class Planner:
         crossing_cost: float | None = None,
     ) -> None:
         if not isinstance(policy, str):
-            raise _wrong_type("policy", policy, "a string")
+            raise wrong_type("policy", policy, "a string")
         if not isinstance(release_gil, bool | np.bool | None):
-            raise _wrong_type("release_gil", release_gil, "True, False or None")
+            raise wrong_type("release_gil", release_gil, "True, False or None")
         known = policy.encode(errors="replace").decode()  # lone surrogates have no UTF-8
         release = None if release_gil is None else bool(release_gil)
         if not isinstance(group_rule, str):
-            raise _wrong_type("group_rule", group_rule, "a string")
+            raise wrong_type("group_rule", group_rule, "a string")
         rule = group_rule.encode(errors="replace").decode()
-        cost = _checked_cost(crossing_cost, rule)
-        limit = _checked_budget(iterations, time_limit_us)
+        cost = checked_cost(crossing_cost, rule)
+        limit = checked_budget(iterations, time_limit_us)
         self._core = _core.Planner(
             as_topology(topology), num_groups, known, threads, release, rule, *limit, cost
         )
@@ -220,8 +204,10 @@ class Planner:
                 experts that stay on their rank keep their slot. Its GPUs may have been dead or
                 alive otherwise.
             max_moves: With ``previous``, how many experts may arrive on a rank that did not hold
-                them, over all layers; by default as many as help. What has to move because GPUs
-                died or joined moves even beyond this and the other limits.
+                them, over all layers. What has to move because GPUs died or joined moves even
+                beyond this and the other limits. Without any limit, the plan is as even as one
+                made without ``previous``, to within 0.1 % of the largest rank loads, with as few
+                moves as were found for that.
             move_cost: With ``previous``, what a move costs, in the unit of the load: moves are made
                 only where they lower the largest rank loads, summed over layers, by more than that
                 each.
@@ -268,7 +254,7 @@ class Planner:
         else:
             limited = limits is not None or min_balance is not None or max_moves is not None
             repeats = bool(move_cost) or limited if repeats is None else bool(repeats)
-            reach = _reach(max_moves, move_cost, min_balance, repeats)
+            reach = reach_of(max_moves, move_cost, min_balance, repeats)
             held = self._placement_of(previous)
             if limits is None:
                 placement = core.plan_from(array, held, reach)
@@ -276,9 +262,9 @@ class Planner:
                 checked = limits._checked(previous.num_layers)
                 placement = core.plan_within(array, held, reach, checked)
             else:
-                raise _wrong_type("limits", limits, "an eplb_rs.TransferLimits")
+                raise wrong_type("limits", limits, "an eplb_rs.TransferLimits")
         rule = "strict" if core.keeps_groups else "free"
-        if core.policy == "balanced" and core.group_rule == "priced" and previous is None:
+        if core.policy == "balanced" and core.group_rule == "priced":
             rule = "priced"
         return Plan._made(placement, array, core.num_groups, core.policy, layer_ids, rule)
 
@@ -382,9 +368,7 @@ class Planner:
 
     def _placement_of(self, previous: Plan) -> _core.Placement:
         if not isinstance(previous, Plan):
-            raise _wrong_type(
-                "previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one"
-            )
+            raise wrong_type("previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one")
         if self.policy != "balanced":
             raise InvalidInputError(
                 code="inconsistent",
@@ -430,7 +414,7 @@ class Planner:
         """
         made = Outlook.for_split(split) if outlook is None else outlook
         if not isinstance(made, Outlook):
-            raise _wrong_type("outlook", outlook, "an eplb_rs.scenarios.Outlook or None")
+            raise wrong_type("outlook", outlook, "an eplb_rs.scenarios.Outlook or None")
         return self.plan_scenarios(
             made.scenarios(windows),
             previous=previous,
@@ -458,6 +442,9 @@ class Planner:
         what this planner plans for the mean load. Of the settings, ``iterations`` limits how many
         exchanges are tried for each layer, and ``time_limit_us`` how long they are.
 
+        With shares and ``max_moves`` each move is the one that relieves a layer most: of all slots
+        that could be given to another expert, found exactly.
+
         Args:
             scenarios: `[K, L, E]`, what the load may be; each in any unit.
             weights: `[K]`, how much each counts; all alike if left out.
@@ -480,14 +467,13 @@ class Planner:
                 ``inconsistent`` for the previous plan; ``not_integer`` or ``negative`` for the
                 moves; ``inconsistent`` for a topology whose GPUs are not all alike.
 
-        Cost: see ``benches/results/next_window.json``.
+        Cost: see ``benches/results/next_window.json``; with shares and ``max_moves``, for one load
+        of 58 layers on 288 slots, 5 to 20 ms: see ``benches/results/few_moves.json``.
         """
         array = as_scenarios(scenarios, "scenarios")
         counts = as_weights(weights, len(array))
         if not isinstance(previous, Plan | None):
-            raise _wrong_type(
-                "previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one"
-            )
+            raise wrong_type("previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one")
         limits = {"max_moves": max_moves, "max_moves_per_layer": max_moves_per_layer}
         for argument, moves in limits.items():
             if previous is None and moves is not None:
@@ -499,7 +485,7 @@ class Planner:
                     hint="previous=plan says what the moves start from",
                 )
         if not isinstance(split, str):
-            raise _wrong_type("split", split, "a string")
+            raise wrong_type("split", split, "a string")
         placement = _core.plan_scenarios(
             self._core,
             array,
@@ -512,28 +498,39 @@ class Planner:
         return Plan._made(placement, mean, self.num_groups, self.policy, layer_ids)
 
     def plan_linked(
-        self, load: LoadLike, *, slack: float = 0.0008, layer_ids: Sequence[int] | None = None
+        self,
+        load: LoadLike,
+        *,
+        slack: float = 0.0008,
+        spread: float = 0.1,
+        layer_ids: Sequence[int] | None = None,
     ) -> Plan:
-        """Plans a placement for one load with shares in mind: its replicas link as many ranks as
-        can be, so that tokens have ways to flow when another load comes.
+        """Plans a placement for one load with shares in mind: its replicas link ranks, so that
+        tokens have ways to flow when another load comes.
 
-        Ranks that no shared expert links cannot help each other. Slots of nearly the same load
-        are swapped until all ranks hang together or nothing more can be linked.
+        Ranks that no shared expert links cannot help each other, and a link helps no further than
+        its expert's tokens go. Slots of nearly the same load are swapped until shares even out
+        copies of the load that scatter about it, drawn with fixed seeds, or ``iterations`` swaps
+        were tried in each layer.
 
         Args:
             load: As for :meth:`plan`.
             slack: How much more than the mean a rank may carry for it, as a part of that, when
-                replicas share evenly.
+                replicas share evenly; from 0 to 1.
+            spread: How far the loads of experts are expected to come to differ: the standard
+                deviation, as a part of each; from 0 to 1.
             layer_ids: As for :meth:`plan`.
 
         Raises:
-            InvalidInputError: As :meth:`plan`; ``wrong_type`` or ``out_of_range`` for the slack;
-                ``inconsistent`` for a topology whose GPUs are not all alike.
+            InvalidInputError: As :meth:`plan`; ``wrong_type`` or ``out_of_range`` for the slack or
+                the spread; ``inconsistent`` for a topology whose GPUs are not all alike.
 
-        Cost: see ``benches/results/next_window.json``.
+        Cost: 58 layers of 256 experts on 288 slots of 32 ranks take about 0.1 s: see
+        ``benches/results/few_moves.json``.
         """
         array = as_load(load)
-        placement = _core.plan_linked(self._core, array, as_number(slack, "slack"))
+        settings = (as_number(slack, "slack"), as_number(spread, "spread"))
+        placement = _core.plan_linked(self._core, array, *settings)
         return Plan._made(placement, array, self.num_groups, self.policy, layer_ids)
 
     def plan_into(self, load: LoadLike, out: PlanBuffers) -> None:
@@ -553,7 +550,7 @@ class Planner:
                 buffers are then as they were.
         """
         if not isinstance(out, PlanBuffers):
-            raise _wrong_type("out", out, "an eplb_rs.PlanBuffers", "Planner.allocate makes them")
+            raise wrong_type("out", out, "an eplb_rs.PlanBuffers", "Planner.allocate makes them")
         self._core.plan_into(as_load(load), out.phy2log, out.log2phy, out.logcnt)
 
     def split_step(
@@ -618,35 +615,9 @@ class Planner:
             InvalidInputError: ``not_integer``, ``not_positive``, ``negative`` or ``too_large`` for a
                 size.
         """
-        num_slots = self._core.topology.num_slots
-        num_layers = as_count(num_layers, "num_layers")
-        num_experts = as_count(num_experts, "num_experts")
-        if num_experts > num_slots:
-            raise InvalidInputError(
-                code="too_large",
-                argument="num_experts",
-                got=str(num_experts),
-                expected=f"at most the number of slots ({num_slots})",
-            )
-        width = num_slots - num_experts + 1
-        if max_replicas is not None:
-            width = as_count(max_replicas, "max_replicas", least=0)
-        try:
-            return PlanBuffers(
-                phy2log=np.zeros((num_layers, num_slots), dtype=np.int64),
-                log2phy=np.full((num_layers, num_experts, width), -1, dtype=np.int64)
-                if width
-                else None,
-                logcnt=np.zeros((num_layers, num_experts), dtype=np.int64),
-            )
-        except (MemoryError, ValueError) as error:
-            raise InvalidInputError(
-                code="too_large",
-                argument="num_layers",
-                got=str(num_layers),
-                expected=f"small enough for buffers of {num_slots} slots and {num_experts} x "
-                f"{width} values a layer to fit in memory",
-            ) from error
+        return PlanBuffers._made(
+            self._core.topology.num_slots, num_layers, num_experts, max_replicas
+        )
 
     def __repr__(self) -> str:
         return (
@@ -670,79 +641,7 @@ def _rebuild(arguments: tuple[Any, ...], settings: dict[str, Any]) -> Planner:
     return Planner(*arguments, **settings)
 
 
-def _reach(
-    max_moves: int | None, move_cost: float, min_balance: float | None, repeats: bool
-) -> tuple[int | None, float, float | None, bool]:
-    """How far to go from the plan in force, as the native module takes it."""
-    return (
-        None if max_moves is None else as_count(max_moves, "max_moves", least=0),
-        as_number(move_cost, "move_cost"),
-        None if min_balance is None else as_number(min_balance, "min_balance", above=True),
-        repeats,
-    )
-
-
-def _checked_cost(crossing_cost: float | None, rule: str) -> float:
-    if crossing_cost is None:
-        return 1.0
-    if rule != "priced":
-        raise InvalidInputError(
-            code="inconsistent",
-            argument="crossing_cost",
-            got=repr(crossing_cost),
-            expected="None unless the rule for groups is priced",
-            hint='group_rule="priced"',
-        )
-    try:
-        return float(crossing_cost)
-    except (TypeError, ValueError, OverflowError):
-        raise _wrong_type("crossing_cost", crossing_cost, "a number or None") from None
-
-
-def _checked_budget(
-    iterations: int | None, time_limit_us: float | None
-) -> tuple[int | None, float | None]:
-    """What the native module takes as a budget: 32 bits of steps, or a time of a day at most."""
-    if iterations is not None:
-        if time_limit_us is not None:
-            raise InvalidInputError(
-                code="inconsistent",
-                argument="time_limit_us",
-                got=repr(time_limit_us),
-                expected="None where iterations are given",
-                hint="limit one of the two",
-            )
-        iterations = min(as_count(iterations, "iterations", least=0), _MOST_ITERATIONS)
-    if time_limit_us is not None:
-        try:
-            time_limit_us = float(time_limit_us)
-        except (TypeError, ValueError):
-            raise _wrong_type("time_limit_us", time_limit_us, "a number or None") from None
-        if not 0 < time_limit_us <= _LONGEST_US:
-            raise InvalidInputError(
-                code="out_of_range",
-                argument="time_limit_us",
-                got=repr(time_limit_us),
-                expected="above 0 and at most a day",
-            )
-    return iterations, time_limit_us
-
-
-_MOST_ITERATIONS = 2**31
-_LONGEST_US = 24 * 3600 * 1e6
-
-
 def _placed(plan: object) -> Plan:
     if not isinstance(plan, Plan):
-        raise _wrong_type("plan", plan, "an eplb_rs.Plan")
+        raise wrong_type("plan", plan, "an eplb_rs.Plan")
     return plan
-
-
-def _wrong_type(argument: str, got: object, expected: str, hint: str = "") -> InvalidInputError:
-    return InvalidInputError(
-        code="wrong_type",
-        argument=argument,
-        got=type(got).__name__,
-        expected=expected,
-        hint=hint,
-    )

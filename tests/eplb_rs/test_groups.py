@@ -15,7 +15,7 @@ from eplb_rs import InvalidInputError, Plan, Planner, Topology
 from eplb_rs.loads import read_loads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from placements import check
+from placements import arrivals, check
 
 DEEPSEEK_R1 = Path(__file__).parents[2] / "examples" / "data" / "deepseek_r1_1k1k.json"
 NODES = Topology(4, 8, 9)
@@ -178,3 +178,29 @@ def test_plans_keep_their_rule(load: npt.NDArray[np.float32]) -> None:
         Plan.from_json(text)
     older = plan.to_json().replace('  "group_rule": "free",\n', "")
     assert Plan.from_json(older).group_rule == "free"
+
+
+def test_priced_plans_keep_to_the_placement_in_force(load: npt.NDArray[np.float32]) -> None:
+    load, cost = load[:12], 0.3
+    planner = Planner(NODES, 8, group_rule="priced", crossing_cost=cost)
+    previous = planner.plan(load)
+    later = load * np.random.default_rng(1).lognormal(0, 0.1, load.shape).astype(np.float32)
+
+    def paid(plan: Plan) -> float:
+        crossing = plan.crossing_tokens.sum() / NODES.num_gpus
+        return float(plan.rank_load.max(axis=1).sum() + cost * crossing)
+
+    scratch, kept = planner.plan(later), previous.with_load(later)
+    worst = paid(kept) * (1 + 1e-6)
+    for most in (0, 50, 300, 1000):
+        plan = planner.plan(later, previous=previous, max_moves=most)
+        assert arrivals(plan, previous) <= most
+        assert paid(plan) <= worst
+        worst = paid(plan) * 1.002
+    free = Planner(NODES, policy="balanced").plan(later, previous=previous)
+    plan = planner.plan(later, previous=previous)
+    check(plan)
+    assert paid(plan) <= paid(scratch) * 1.001
+    assert paid(plan) < paid(free)
+    assert plan.crossing_share < free.crossing_share
+    assert arrivals(plan, previous) < 0.7 * arrivals(scratch, previous)

@@ -73,6 +73,11 @@ impl<'a> Load<'a> {
         self.values
     }
 
+    /// One layer: `num_experts` loads.
+    pub(crate) fn layer(&self, layer: usize) -> &'a [f32] {
+        &self.values[layer * self.num_experts..][..self.num_experts]
+    }
+
     /// The layers in order, each a slice of `num_experts` loads.
     pub fn layers(&self) -> std::slice::ChunksExact<'a, f32> {
         self.values.chunks_exact(self.num_experts)

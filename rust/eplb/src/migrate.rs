@@ -7,9 +7,13 @@
 //! 3. Moves are handed out over the layers by the convex hull of their frontiers.
 //!
 //! Which levels are aimed at depends on how many moves there are to hand out: the ranks above a
-//! level, over all layers, say about how many moves it takes to get there.
+//! level, over all layers, say about how many moves it takes to get there. Where walks fall short of
+//! what was asked for, and moves are left, a plan from scratch is one more point of each frontier, its
+//! ranks [renamed](relabel) so that fewest experts move.
 
 mod layer;
+mod price;
+mod relabel;
 mod rows;
 mod settle;
 mod table;
@@ -24,11 +28,16 @@ use crate::error::{Code, Error, Result};
 use crate::load::Load;
 use crate::placement::{Placement, Replica};
 use crate::topology::Topology;
-use layer::{Layer, Walked};
+use layer::{Layer, Point, Walked};
 use table::Ranks;
 
-/// How far above the floor the levels are that are aimed at where nothing limits the moves.
+/// How far above the floor the levels are that are aimed at for a whole frontier, and for its end.
 const LEVELS: [f64; 8] = [0.05, 0.03, 0.018, 0.011, 0.007, 0.004, 0.002, 0.0003];
+const LAST_LEVELS: [f64; 1] = [0.0008];
+
+/// How much of the largest rank loads a plan without limits leaves to be gained, at most: the last of
+/// it takes as many moves as all the rest.
+const SPARED: f64 = 0.001;
 
 /// The least that is aimed at.
 const LEAST_AIM: f64 = 0.0003;
@@ -57,10 +66,11 @@ pub struct Milestone {
 }
 
 /// How far a plan may go from the placement in force. Moves that cannot be avoided are made
-/// whatever it says.
+/// whatever it says. Where it says nothing, the plan is as even as one from scratch, to within
+/// 0.1 % of the largest rank loads, with as few moves as were found for that.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Reach {
-    /// The most moves, over all layers; as many as help, if there is no limit.
+    /// The most moves, over all layers.
     pub max_moves: Option<usize>,
     /// What a move costs, in load: moves are made where they lower the largest rank loads, summed
     /// over layers, by more than that each.
@@ -77,6 +87,8 @@ pub struct Reach {
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     ranks: Ranks,
+    /// The same, where what crosses has a price: then they also walk without leaving their nodes.
+    nodes: Ranks,
     layers: Vec<Layer>,
     layer: layer::Scratch,
     /// How far ranks are above the floor of their layer, over all layers, furthest first.
@@ -84,6 +96,8 @@ pub(crate) struct Scratch {
     /// The next piece of each layer's frontier, steepest first.
     pieces: Vec<Piece>,
     chosen: Vec<usize>,
+    /// Layers in which walks did not lead far enough.
+    short: Vec<usize>,
 }
 
 /// From one point of a layer's frontier to the next.
@@ -92,6 +106,9 @@ struct Piece {
     /// What a move gains, in the unit of the load.
     slope: f64,
     gain: f64,
+    /// By how much the heaviest rank is lighter, which is all that is gained where nothing is paid for
+    /// what crosses.
+    relief: f64,
     moves: usize,
     layer: usize,
     point: usize,
@@ -129,33 +146,48 @@ impl Meter {
     }
 }
 
+impl Reach {
+    /// Whether nothing limits the moves.
+    fn is_unlimited(&self) -> bool {
+        self.max_moves.is_none() && self.min_balance.is_none() && self.move_cost == 0.0
+    }
+}
+
 impl Scratch {
-    /// Explores what moves would do to each layer.
-    pub(crate) fn explore(
+    /// Takes over the placement in force, and makes the moves that cannot be avoided.
+    pub(crate) fn start(
         &mut self,
         topology: &Topology,
         shape: &Shape,
-        budget: Budget,
         load: &Load<'_>,
         previous: &Placement,
-        reach: &Reach,
+        repeats: bool,
     ) -> Result<()> {
         check_previous(topology, load, previous)?;
-        self.ranks.set(topology, shape.kept_group_size());
+        match shape.price() {
+            None => self.ranks.set(topology, shape.kept_group_size()),
+            Some((group_size, cost)) => {
+                self.ranks.set(topology, None);
+                self.ranks.set_price(topology, group_size, cost);
+                self.nodes.set(topology, None);
+                self.nodes.set_price(topology, group_size, cost);
+                self.nodes.confine(topology);
+            }
+        }
         self.layers.resize_with(load.num_layers(), Layer::default);
         let rows = previous.phy2log().chunks_exact(topology.num_slots());
         for ((layer, load), row) in self.layers.iter_mut().zip(load.layers()).zip(rows) {
-            layer.start(
-                &self.ranks,
-                topology,
-                load,
-                row,
-                reach.repeats,
-                &mut self.layer,
-            );
+            layer.start(&self.ranks, topology, load, row, repeats, &mut self.layer);
         }
-        // Far more than a layer has slots is no limit.
-        let all = load.num_layers() * topology.num_slots();
+        Ok(())
+    }
+
+    /// Explores what moves would do to each layer: along the `whole` frontier, where nothing else says
+    /// how far, or at its end alone.
+    pub(crate) fn walk(&mut self, reach: &Reach, whole: bool, budget: Budget) {
+        let whole = whole || reach.move_cost > 0.0 || self.ranks.price().is_some();
+        // More than there are slots is no limit.
+        let all = self.layers.len() * self.ranks.num_slots();
         let most = reach.max_moves.filter(|&most| most < all);
         match (most, reach.min_balance) {
             (Some(most), _) => self.walk_moves(most.saturating_sub(self.forced()), budget),
@@ -163,10 +195,46 @@ impl Scratch {
                 let aim = self.aim_of_balance(balance) * NEAR;
                 self.walk_to(&[aim.max(LEAST_AIM)], budget);
             }
-            (None, None) => self.walk_to(&LEVELS, budget),
+            (None, None) if whole => self.walk_to(&LEVELS, budget),
+            (None, None) => self.walk_to(&LAST_LEVELS, budget),
         }
         self.list_pieces();
-        Ok(())
+    }
+
+    /// The layers for which a plan from scratch may be worth having: if moves are left when all walks
+    /// are walked to their ends, or a balance is not reached, those that are not as even as any plan,
+    /// to within what is [spared](SPARED).
+    pub(crate) fn list_short(&mut self, reach: &Reach) -> &[usize] {
+        self.short.clear();
+        let (mean, mut largest) = self.mean_and_largest();
+        let mut moves = self.forced();
+        for piece in &self.pieces {
+            largest -= piece.gain;
+            moves += piece.moves;
+        }
+        let enough = reach.min_balance.map_or(0.0, |balance| mean / balance);
+        if largest > enough && reach.max_moves.is_none_or(|most| moves < most) {
+            let near = reach.min_balance.map_or(0.0, |balance| 1.0 / balance);
+            let near = self.ranks.mean() * near.max(1.0 + SPARED);
+            let layers = self.layers.iter().enumerate();
+            let short = layers.filter(|(_, layer)| f64::from(layer.value()) > near);
+            self.short.extend(short.map(|(index, _)| index));
+        }
+        &self.short
+    }
+
+    /// Takes in plans made from scratch for the layers that fell short, `[short, num_slots]`.
+    pub(crate) fn add_plans(&mut self, topology: &Topology, plans: &[Replica]) {
+        let rows = plans.chunks_exact(topology.num_slots());
+        for (&layer, row) in self.short.iter().zip(rows) {
+            // What crosses is as planned only if the ranks of a node stay together.
+            let ranks = match self.ranks.price() {
+                Some(_) => &self.nodes,
+                None => &self.ranks,
+            };
+            self.layers[layer].add_plan(ranks, topology, row, &mut self.layer);
+        }
+        self.list_pieces();
     }
 
     /// Walks to levels, given as fractions above the floor of each layer.
@@ -239,6 +307,10 @@ impl Scratch {
         let mut total = Walked::default();
         for layer in &mut self.layers {
             let mut fuel = meter.next();
+            if self.ranks.price().is_some() {
+                walk_to(layer, &self.nodes, aim, most, &mut fuel, &mut self.layer);
+                fuel = fuel.refilled();
+            }
             let walked = walk_to(layer, &self.ranks, aim, most, &mut fuel, &mut self.layer);
             total.moves += walked.moves;
             total.above += walked.above;
@@ -253,10 +325,11 @@ impl Scratch {
             layer.keep_hull();
             for (point, pair) in layer.points().windows(2).enumerate() {
                 let moves = (pair[1].moves - pair[0].moves) as usize;
-                let gain = f64::from(pair[0].level - pair[1].level) * layer.unit;
+                let gain = f64::from(pair[0].value() - pair[1].value()) * layer.unit;
                 self.pieces.push(Piece {
                     slope: gain / moves as f64,
                     gain,
+                    relief: f64::from(pair[0].level - pair[1].level) * layer.unit,
                     moves,
                     layer: index,
                     point: point + 1,
@@ -283,7 +356,20 @@ impl Scratch {
         let most = reach.max_moves.unwrap_or(usize::MAX);
         let mut left = most.saturating_sub(spent);
         let (mean, mut largest) = self.mean_and_largest();
-        let enough = reach.min_balance.map_or(0.0, |balance| mean / balance);
+        let enough = match reach.min_balance {
+            Some(balance) => mean / balance,
+            None if reach.is_unlimited() => {
+                let gains = self.pieces.iter().map(|piece| piece.gain);
+                let least = largest - gains.sum::<f64>();
+                let near = |level: f64| level * (1.0 + SPARED);
+                if least > near(mean) {
+                    near(least)
+                } else {
+                    near(mean)
+                }
+            }
+            None => 0.0,
+        };
         for piece in self.pieces.iter().take(pieces) {
             if piece.slope <= reach.move_cost || largest <= enough {
                 return;
@@ -303,19 +389,23 @@ impl Scratch {
     }
 
     /// The mean rank load and the largest after the moves that are forced and those that cost
-    /// nothing, summed over layers.
+    /// nothing, summed over layers; the largest with what crosses, if that is paid for.
     fn mean_and_largest(&self) -> (f64, f64) {
+        self.mean_and_first(Point::value)
+    }
+
+    fn mean_and_first(&self, of: impl Fn(&Point) -> i32) -> (f64, f64) {
         let units: f64 = self.layers.iter().map(|layer| layer.unit).sum();
         let firsts = self.layers.iter().filter_map(|layer| {
             let first = layer.points().first()?;
-            Some(f64::from(first.level) * layer.unit)
+            Some(f64::from(of(first)) * layer.unit)
         });
         (units * self.ranks.mean(), firsts.sum())
     }
 
     /// Balance against moves, from none that is not forced to as many as help.
     pub(crate) fn frontier(&self) -> Vec<Milestone> {
-        let (mean, mut largest) = self.mean_and_largest();
+        let (mean, mut largest) = self.mean_and_first(|point| point.level);
         let balance = |largest: f64| {
             if largest > 0.0 {
                 (mean / largest).min(1.0)
@@ -331,7 +421,7 @@ impl Scratch {
         });
         for piece in &self.pieces {
             moves += piece.moves;
-            largest -= piece.gain;
+            largest -= piece.relief;
             milestones.push(Milestone {
                 moves,
                 balance: balance(largest),

@@ -1,5 +1,9 @@
 //! The planner: a topology, a policy and the scratch they need, for those who replan in a loop.
 
+mod draft;
+mod policy;
+mod replan;
+
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rayon::prelude::*;
@@ -9,83 +13,16 @@ use crate::balance::{self, Budget};
 use crate::deepseek;
 use crate::error::{Code, Error, Result, require_groups, require_positive};
 use crate::load::Load;
-use crate::migrate::{self, Milestone, Reach};
+use crate::migrate;
 use crate::placement::{Placement, PlacementMut, Replica};
 use crate::topology::Topology;
-use crate::transfer::TransferLimits;
 use crate::trivial;
+
+pub use draft::Draft;
+pub use policy::{GroupRule, Policy};
 
 /// The most threads a planner may own.
 pub const MAX_THREADS: usize = 256;
-
-/// How a placement is computed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Policy {
-    /// DeepSeek's EPLB, exactly: greedy replication and packing, `f32` sums, stable sorts.
-    DeepSeek,
-    /// Replica counts and packing improved together by local search.
-    #[default]
-    Balanced,
-    /// What engines start from: slot `i` holds expert `i mod num_experts`, whatever the load.
-    Trivial,
-}
-
-impl Policy {
-    /// All policies.
-    pub const ALL: [Self; 3] = [Self::Balanced, Self::DeepSeek, Self::Trivial];
-
-    /// The name it goes by in Python and on the command line.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Balanced => "balanced",
-            Self::DeepSeek => "deepseek",
-            Self::Trivial => "trivial",
-        }
-    }
-
-    /// The policy of that name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|policy| policy.name() == name)
-    }
-}
-
-/// What [`Policy::Balanced`] makes of groups of experts. A model with one group has no rule.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum GroupRule {
-    /// All replicas of a group stay on one node.
-    #[default]
-    Strict,
-    /// A group has a home, the node that serves most of its tokens, and may leave it at a
-    /// [price](Planner::with_crossing_cost).
-    Priced,
-    /// Any expert may be anywhere.
-    Free,
-}
-
-impl GroupRule {
-    /// All rules.
-    pub const ALL: [Self; 3] = [Self::Strict, Self::Priced, Self::Free];
-
-    /// The name it goes by in Python and on the command line.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Strict => "strict",
-            Self::Priced => "priced",
-            Self::Free => "free",
-        }
-    }
-
-    /// The rule of that name.
-    #[must_use]
-    pub fn from_name(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|rule| rule.name() == name)
-    }
-}
 
 /// Plans placements on one topology. May be used from many threads at once; the answer is the
 /// same bytes on any number of threads.
@@ -109,6 +46,8 @@ struct Scratch {
     deepseek: Vec<deepseek::Scratch>,
     balance: Vec<balance::Scratch>,
     migrate: migrate::Scratch,
+    /// Loads of some layers of a load.
+    loads: Vec<f32>,
 }
 
 impl Planner {
@@ -299,120 +238,6 @@ impl Planner {
         Ok(draft)
     }
 
-    /// Plans the best placement within reach of the one in force. A move is an expert that arrives
-    /// on a rank that did not hold it. Experts that stay on their rank keep their slot.
-    ///
-    /// Where GPUs have died or joined since, some moves cannot be avoided: an expert that lost its
-    /// last replica gets one, and a rank that holds nothing gets an expert; if no slot may repeat an
-    /// expert, every slot that came free gets one. These are made whatever the limits.
-    ///
-    /// # Errors
-    /// As [`draft`](Self::draft); [`Code::Inconsistent`] or [`Code::WrongShape`] for a previous
-    /// placement of other machines, layers or experts.
-    pub fn plan_from(
-        &self,
-        load: &Load<'_>,
-        previous: &Placement,
-        reach: &Reach,
-    ) -> Result<Placement> {
-        self.migrate(load, previous, reach, |scratch| {
-            scratch.migrate.choose(reach, usize::MAX);
-            self.write_moved(scratch, load, previous)
-        })
-    }
-
-    /// Like [`plan_from`](Self::plan_from), within limits on what has to be sent as well: of the
-    /// plans on the [frontier](Self::frontier), the furthest whose transfers keep to them.
-    ///
-    /// O(log M) times what [`transfers`](crate::transfers) takes, for M milestones.
-    ///
-    /// # Errors
-    /// As [`plan_from`](Self::plan_from), and [`Code::WrongShape`] for other layers in the limits.
-    pub fn plan_within(
-        &self,
-        load: &Load<'_>,
-        previous: &Placement,
-        reach: &Reach,
-        limits: &TransferLimits<'_>,
-    ) -> Result<Placement> {
-        limits.check(load.num_layers())?;
-        self.migrate(load, previous, reach, |scratch| {
-            scratch.migrate.choose(reach, 0);
-            let mut best = self.write_moved(scratch, load, previous)?;
-            // All up to `fits` pieces keep to the limits, as far as is known; `beyond` do not.
-            let (mut fits, mut beyond) = (0, scratch.migrate.num_pieces() + 1);
-            while fits + 1 < beyond {
-                let middle = if fits == 0 && beyond > scratch.migrate.num_pieces() {
-                    beyond - 1
-                } else {
-                    fits.midpoint(beyond)
-                };
-                scratch.migrate.choose(reach, middle);
-                let next = self.write_moved(scratch, load, previous)?;
-                if limits.allow(previous, &next)? {
-                    (fits, best) = (middle, next);
-                } else {
-                    beyond = middle;
-                }
-            }
-            Ok(best)
-        })
-    }
-
-    /// Balance against moves, from the placement in force: each milestone is the best for its
-    /// number of moves that the search has found, and [`plan_from`](Self::plan_from) with that
-    /// number leads there or nearby. Whether slots may repeat an expert of their rank is as in
-    /// [`Reach`].
-    ///
-    /// # Errors
-    /// As [`plan_from`](Self::plan_from).
-    pub fn frontier(
-        &self,
-        load: &Load<'_>,
-        previous: &Placement,
-        repeats: bool,
-    ) -> Result<Vec<Milestone>> {
-        let reach = Reach {
-            repeats,
-            ..Reach::default()
-        };
-        self.migrate(load, previous, &reach, |scratch| {
-            Ok(scratch.migrate.frontier())
-        })
-    }
-
-    /// Explores what moves lead to, and does something with it.
-    fn migrate<T>(
-        &self,
-        load: &Load<'_>,
-        previous: &Placement,
-        reach: &Reach,
-        then: impl FnOnce(&mut Scratch) -> Result<T>,
-    ) -> Result<T> {
-        let shape = self.balanced_shape(load.num_experts())?;
-        let mut scratch = self.take_scratch();
-        let migrate = &mut scratch.migrate;
-        let explored = migrate.explore(&self.topology, &shape, self.budget, load, previous, reach);
-        let result = explored.and_then(|()| then(&mut scratch));
-        self.idle_scratch().push(scratch);
-        result
-    }
-
-    /// The placement that the moves chosen lead to.
-    fn write_moved(
-        &self,
-        scratch: &mut Scratch,
-        load: &Load<'_>,
-        previous: &Placement,
-    ) -> Result<Placement> {
-        let Scratch {
-            replicas, migrate, ..
-        } = scratch;
-        replicas.resize(load.num_layers() * self.topology.num_slots(), Replica::NONE);
-        migrate.write(&self.topology, previous, replicas);
-        Placement::from_replicas(self.topology.clone(), load.num_experts(), replicas)
-    }
-
     fn idle_scratch(&self) -> MutexGuard<'_, Vec<Scratch>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -422,64 +247,72 @@ impl Planner {
     }
 
     fn compute(&self, load: &Load<'_>, scratch: &mut Scratch) -> Result<()> {
-        let num_slots = self.topology.num_slots();
         match self.policy {
-            Policy::Balanced => drop(self.fresh_shape(load.num_experts())?),
-            _ => drop(self.reference_shape(load.num_experts())?),
-        }
-        let length = load.num_layers().checked_mul(num_slots);
-        let more = length.map(|length| length.saturating_sub(scratch.replicas.len()));
-        match more.map(|more| scratch.replicas.try_reserve_exact(more)) {
-            Some(Ok(())) => scratch
-                .replicas
-                .resize(length.unwrap_or(0), Replica::default()),
-            _ => {
-                return Err(Error::invalid(
-                    Code::TooLarge,
-                    "num_layers",
-                    load.num_layers(),
-                    format!("small enough for {num_slots} slots a layer to fit in memory"),
-                    "plan fewer layers at a time",
-                ));
-            }
-        }
-        match self.policy {
-            Policy::Trivial => {
-                for layer in scratch.replicas.chunks_exact_mut(num_slots) {
-                    trivial::plan_layer(load.num_experts(), layer);
-                }
-            }
             Policy::Balanced => {
                 let shape = self.fresh_shape(load.num_experts())?;
-                let plan =
-                    |loads: &[f32], slots: &mut [Replica], scratch: &mut balance::Scratch| {
-                        balance::plan_layers(
-                            &self.topology,
-                            &shape,
-                            self.budget,
-                            loads,
-                            slots,
-                            scratch,
-                        );
-                    };
-                let Scratch {
-                    replicas, balance, ..
-                } = scratch;
-                self.share_out(load, replicas, balance, plan);
+                self.compute_balanced(&shape, self.budget, load, scratch)
             }
             Policy::DeepSeek => {
                 let shape = self.reference_shape(load.num_experts())?;
+                let Scratch {
+                    replicas, deepseek, ..
+                } = scratch;
+                self.make_room(load, replicas)?;
                 let plan =
                     |loads: &[f32], slots: &mut [Replica], scratch: &mut deepseek::Scratch| {
                         deepseek::plan_layers(&shape, loads, slots, scratch);
                     };
-                let Scratch {
-                    replicas, deepseek, ..
-                } = scratch;
                 self.share_out(load, replicas, deepseek, plan);
+                Ok(())
+            }
+            Policy::Trivial => {
+                self.reference_shape(load.num_experts())?;
+                self.make_room(load, &mut scratch.replicas)?;
+                for layer in scratch.replicas.chunks_exact_mut(self.topology.num_slots()) {
+                    trivial::plan_layer(load.num_experts(), layer);
+                }
+                Ok(())
             }
         }
+    }
+
+    /// Plans with the balanced policy, whatever placement is in force.
+    fn compute_balanced(
+        &self,
+        shape: &balance::Shape,
+        budget: Budget,
+        load: &Load<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let Scratch {
+            replicas, balance, ..
+        } = scratch;
+        self.make_room(load, replicas)?;
+        let plan = |loads: &[f32], slots: &mut [Replica], scratch: &mut balance::Scratch| {
+            balance::plan_layers(&self.topology, shape, budget, loads, slots, scratch);
+        };
+        self.share_out(load, replicas, balance, plan);
         Ok(())
+    }
+
+    /// Makes room for what the slots of all layers hold.
+    fn make_room(&self, load: &Load<'_>, replicas: &mut Vec<Replica>) -> Result<()> {
+        let num_slots = self.topology.num_slots();
+        let length = load.num_layers().checked_mul(num_slots);
+        let more = length.map(|length| length.saturating_sub(replicas.len()));
+        if let (Some(length), Some(Ok(()))) =
+            (length, more.map(|more| replicas.try_reserve_exact(more)))
+        {
+            replicas.resize(length, Replica::default());
+            return Ok(());
+        }
+        Err(Error::invalid(
+            Code::TooLarge,
+            "num_layers",
+            load.num_layers(),
+            format!("small enough for {num_slots} slots a layer to fit in memory"),
+            "plan fewer layers at a time",
+        ))
     }
 
     /// Plans the layers on as many threads as there are, each with scratch of its own.
@@ -545,48 +378,6 @@ impl Planner {
             ));
         }
         deepseek::Shape::new(&self.topology, num_experts, self.num_groups)
-    }
-}
-
-/// A placement in the memory of the planner that computed it, which gets it back on drop.
-#[derive(Debug)]
-pub struct Draft<'a> {
-    planner: &'a Planner,
-    num_layers: usize,
-    num_experts: usize,
-    scratch: Scratch,
-}
-
-impl Draft<'_> {
-    /// What each slot holds, `[num_layers, num_slots]`.
-    #[must_use]
-    pub fn replicas(&self) -> &[Replica] {
-        &self.scratch.replicas
-    }
-
-    /// The placement, in memory of its own.
-    ///
-    /// # Errors
-    /// [`Code::TooLarge`] if it does not fit in memory.
-    pub fn to_placement(&self) -> Result<Placement> {
-        let topology = self.planner.topology.clone();
-        Placement::from_replicas(topology, self.num_experts, self.replicas())
-    }
-
-    /// The placement, in memory of the caller's.
-    ///
-    /// # Errors
-    /// [`Code::WrongShape`] or [`Code::TooSmall`] for the buffers, which are then left as they
-    /// were.
-    pub fn write_into(&self, out: &mut PlacementMut<'_>) -> Result<()> {
-        out.write(self.num_layers, self.num_experts, self.replicas())
-    }
-}
-
-impl Drop for Draft<'_> {
-    fn drop(&mut self) {
-        let scratch = std::mem::take(&mut self.scratch);
-        self.planner.idle_scratch().push(scratch);
     }
 }
 

@@ -16,10 +16,23 @@ pub(crate) fn writable<'py, T: Element, D: Dimension>(
     argument: &'static str,
     shape: &[usize],
 ) -> PyResult<PyReadwriteArray<'py, T, D>> {
+    let sizes: Vec<_> = shape.iter().map(|&size| Some(size)).collect();
+    writable_of(array, argument, &sizes, "")
+}
+
+/// The same where some sizes, those that are `None`, are the caller's to choose. `hint` says where
+/// arrays that fit come from.
+pub(crate) fn writable_of<'py, T: Element, D: Dimension>(
+    array: &Bound<'py, PyAny>,
+    argument: &'static str,
+    shape: &[Option<usize>],
+    hint: &str,
+) -> PyResult<PyReadwriteArray<'py, T, D>> {
     let py = array.py();
     let wanted = dtype::<T>(py);
     let refuse = |code, got: &str, hint| {
-        let sizes: Vec<_> = shape.iter().map(ToString::to_string).collect();
+        let size = |size: &Option<usize>| size.map_or("width".into(), |size| size.to_string());
+        let sizes: Vec<_> = shape.iter().map(size).collect();
         let comma = if shape.len() == 1 { "," } else { "" };
         let expected = format!(
             "a writable C-contiguous {wanted} array of shape ({}{comma})",
@@ -28,15 +41,18 @@ pub(crate) fn writable<'py, T: Element, D: Dimension>(
         invalid_input(py, code, argument, got, &expected, hint)
     };
     let Ok(untyped) = array.cast::<PyUntypedArray>() else {
-        return Err(refuse("wrong_type", &array.get_type().to_string(), ""));
+        return Err(refuse("wrong_type", &array.get_type().to_string(), hint));
     };
     if !untyped.dtype().is_equiv_to(&wanted) {
         let got = format!("dtype {}", untyped.dtype());
-        return Err(refuse("wrong_dtype", &got, ""));
+        return Err(refuse("wrong_dtype", &got, hint));
     }
-    let (Ok(array), true) = (array.cast::<PyArray<T, D>>(), untyped.shape() == shape) else {
+    let fits = untyped.shape().len() == shape.len();
+    let mut sizes = untyped.shape().iter().zip(shape);
+    let fits = fits && sizes.all(|(&got, size)| size.is_none_or(|size| size == got));
+    let (Ok(array), true) = (array.cast::<PyArray<T, D>>(), fits) else {
         let got = format!("shape {}", untyped.getattr("shape")?);
-        return Err(refuse("wrong_shape", &got, ""));
+        return Err(refuse("wrong_shape", &got, hint));
     };
     if !untyped.is_c_contiguous() {
         return Err(not_contiguous(py, argument));

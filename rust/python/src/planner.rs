@@ -5,14 +5,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use eplb::{Budget, GroupRule, Load, PlacementMut, Policy, Reach, TransferLimits};
-use numpy::ndarray::{Dimension, Ix2, Ix3};
-use numpy::{
-    BorrowError, PyArray, PyArray1, PyArray2, PyArray3, PyArrayDescrMethods, PyArrayMethods,
-    PyReadwriteArray, PyUntypedArray, PyUntypedArrayMethods, dtype,
-};
+use numpy::ndarray::{Ix2, Ix3};
+use numpy::{PyArray1, PyArray2, PyArray3, PyArrayMethods};
 use pyo3::prelude::*;
 
-use crate::arguments::{LoadArray, count, not_contiguous};
+use crate::arguments::{LoadArray, count};
+use crate::buffers::{values_mut, writable_of};
 use crate::errors::{invalid_input, plan_error};
 use crate::placement::Placement;
 use crate::topology::Topology;
@@ -281,18 +279,21 @@ impl Planner {
         let load = LoadArray::new(load)?;
         let (layers, experts) = load.shape();
         let slots = self.planner.topology().num_slots();
-        let mut phy2log = buffer::<Ix2>(phy2log, "phy2log", &[layers, slots])?;
-        let mut logcnt = buffer::<Ix2>(logcnt, "logcnt", &[layers, experts])?;
+        let makes = "Planner.allocate makes buffers that fit";
+        let [layers, slots, experts] = [layers, slots, experts].map(Some);
+        let mut phy2log = writable_of::<i64, Ix2>(phy2log, "phy2log", &[layers, slots], makes)?;
+        let mut logcnt = writable_of::<i64, Ix2>(logcnt, "logcnt", &[layers, experts], makes)?;
+        let shape = [layers, experts, None];
         let mut log2phy = log2phy
-            .map(|log2phy| buffer::<Ix3>(log2phy, "log2phy", &[layers, experts]))
+            .map(|log2phy| writable_of::<i64, Ix3>(log2phy, "log2phy", &shape, makes))
             .transpose()?;
         let mut out = PlacementMut {
-            phy2log: contiguous(py, &mut phy2log, "phy2log")?,
+            phy2log: values_mut(py, &mut phy2log, "phy2log")?,
             log2phy: match &mut log2phy {
-                Some(log2phy) => Some(contiguous(py, log2phy, "log2phy")?),
+                Some(log2phy) => Some(values_mut(py, log2phy, "log2phy")?),
                 None => None,
             },
-            logcnt: contiguous(py, &mut logcnt, "logcnt")?,
+            logcnt: values_mut(py, &mut logcnt, "logcnt")?,
         };
         let draft = self.run(py, &load, |load| self.planner.draft(load))?;
         // Attached: nobody may see the buffers half written.
@@ -348,66 +349,6 @@ impl Planner {
 
 fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// A writable int64 array of `D` dimensions, of which the first are given, that nobody else is
-/// writing.
-fn buffer<'py, D: Dimension>(
-    array: &Bound<'py, PyAny>,
-    argument: &'static str,
-    shape: &[usize],
-) -> PyResult<PyReadwriteArray<'py, i64, D>> {
-    let py = array.py();
-    let num_dimensions = D::NDIM.unwrap_or(0);
-    let refuse = |code, got: &str, hint| {
-        let sizes: Vec<_> = shape.iter().map(ToString::to_string).collect();
-        let open = if num_dimensions > shape.len() {
-            ", width"
-        } else {
-            ""
-        };
-        let expected = format!(
-            "a writable C-contiguous int64 array of shape ({}{open})",
-            sizes.join(", ")
-        );
-        invalid_input(py, code, argument, got, &expected, hint)
-    };
-    let makes = "Planner.allocate makes buffers that fit";
-    let Ok(untyped) = array.cast::<PyUntypedArray>() else {
-        return Err(refuse("wrong_type", &array.get_type().to_string(), makes));
-    };
-    if !untyped.dtype().is_equiv_to(&dtype::<i64>(py)) {
-        let got = format!("dtype {}", untyped.dtype());
-        return Err(refuse("wrong_dtype", &got, makes));
-    }
-    let (Ok(array), true) = (
-        array.cast::<PyArray<i64, D>>(),
-        untyped.shape().starts_with(shape),
-    ) else {
-        let got = format!("shape {}", untyped.getattr("shape")?);
-        return Err(refuse("wrong_shape", &got, makes));
-    };
-    if !untyped.is_c_contiguous() {
-        return Err(not_contiguous(py, argument));
-    }
-    array.try_readwrite().map_err(|error| match error {
-        BorrowError::NotWriteable => refuse("read_only", "a read-only array", ""),
-        _ => refuse(
-            "in_use",
-            "an array that another call, or another buffer of this one, is using",
-            "give each call and each output memory of its own",
-        ),
-    })
-}
-
-fn contiguous<'a, D: Dimension>(
-    py: Python<'_>,
-    array: &'a mut PyReadwriteArray<'_, i64, D>,
-    argument: &'static str,
-) -> PyResult<&'a mut [i64]> {
-    array
-        .as_slice_mut()
-        .map_err(|_| not_contiguous(py, argument))
 }
 
 /// Refuses a number of groups that experts do not divide into.

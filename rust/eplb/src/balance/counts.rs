@@ -1,6 +1,7 @@
 //! How many replicas each expert gets, before any search.
 
 /// What each of `count` replicas carries, to the nearest integer.
+#[inline(always)]
 pub(crate) fn share(weight: i32, count: u32) -> i32 {
     ((weight as u32 + count / 2) / count) as i32
 }

@@ -15,6 +15,9 @@ const LEVELS: u32 = 32;
 /// How many exchanges a layer may take.
 const MOST_SWAPS: u32 = 4096;
 
+/// Stands for the home of a slot that holds nothing.
+const NOWHERE: u32 = u32::MAX;
+
 /// What a layer's placement is judged by.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Price<'a> {
@@ -34,8 +37,13 @@ pub(crate) struct Scratch {
     time: Vec<f64>,
     /// Time per load of each rank.
     slowness: Vec<f64>,
+    /// What each slot carries, and the node where its expert is at home.
+    share: Vec<f64>,
+    home: Vec<u32>,
+    /// The node of each rank.
+    node_of: Vec<u32>,
     served: Vec<f64>,
-    home: Vec<usize>,
+    home_of_group: Vec<u32>,
     best: Vec<Replica>,
 }
 
@@ -82,6 +90,8 @@ pub(crate) fn settle(
             }
             swaps += 1;
             slots.swap(swap.ours, swap.theirs);
+            scratch.share.swap(swap.ours, swap.theirs);
+            scratch.home.swap(swap.ours, swap.theirs);
             scratch.time[heavy] -= swap.moved * scratch.slowness[heavy];
             scratch.time[swap.rank] += swap.moved * scratch.slowness[swap.rank];
             crossing += swap.crossing;
@@ -124,35 +134,46 @@ impl Scratch {
         }
         self.slowness.clear();
         self.time.clear();
+        self.node_of.clear();
+        self.share.clear();
         self.served.clear();
         let num_groups = price.load.len() / price.group_size;
         self.served.resize(num_groups * topology.num_nodes(), 0.0);
         for gpu in 0..topology.num_gpus() {
+            let node = topology.node_of(gpu);
             let mut load = 0.0;
             for &replica in &slots[topology.slots_of(gpu)] {
-                let share = self.share(price, replica);
+                let share = self.share_of(price, replica);
                 load += share;
+                self.share.push(share);
                 if replica != Replica::NONE {
                     let group = replica.expert as usize / price.group_size;
-                    self.served[group * topology.num_nodes() + topology.node_of(gpu)] += share;
+                    self.served[group * topology.num_nodes() + node] += share;
                 }
             }
             let slowness = mean_speed / topology.speed(gpu);
             self.slowness.push(slowness);
             self.time.push(load * slowness);
+            self.node_of.push(node as u32);
         }
-        self.home.clear();
+        self.home_of_group.clear();
         let mut crossing = 0.0;
         for served in self.served.chunks_exact(topology.num_nodes()) {
             let most = served.iter().copied().fold(0.0, f64::max);
             let home = served.iter().position(|&served| served == most);
-            self.home.push(home.unwrap_or(0));
             crossing += served.iter().sum::<f64>() - most;
+            self.home_of_group.push(home.unwrap_or(0) as u32);
         }
+        self.home.clear();
+        self.home.extend(slots.iter().map(|replica| {
+            let group = replica.expert as usize / price.group_size;
+            let home = self.home_of_group.get(group);
+            home.copied().unwrap_or(NOWHERE)
+        }));
         self.slowest().1 + price.cost * crossing / live
     }
 
-    fn share(&self, price: &Price<'_>, replica: Replica) -> f64 {
+    fn share_of(&self, price: &Price<'_>, replica: Replica) -> f64 {
         match price.load.get(replica.expert as usize) {
             Some(&load) => f64::from(load) / f64::from(self.count[replica.expert as usize]),
             None => 0.0,
@@ -180,35 +201,34 @@ impl Scratch {
     ) -> Option<Swap> {
         let topology = price.topology;
         let wanted = (self.time[heavy] - level) / self.slowness[heavy];
-        let crosses = |replica: Replica, share: f64, gpu: usize| {
-            let home = self.home[replica.expert as usize / price.group_size];
-            if home == topology.node_of(gpu) {
+        let crosses = |slot: usize, rank: usize| {
+            if self.home[slot] == self.node_of[rank] {
                 0.0
             } else {
-                share
+                self.share[slot]
             }
         };
-        let mut best: Option<((f64, f64), Swap)> = None;
+        let mut best: Option<(f64, Swap)> = None;
         for ours in topology.slots_of(heavy) {
-            let our_share = self.share(price, slots[ours]);
-            let staying = crosses(slots[ours], our_share, heavy);
+            let staying = crosses(ours, heavy);
             for rank in (0..topology.num_gpus()).filter(|&rank| rank != heavy) {
                 let room = (level - self.time[rank]) / self.slowness[rank];
                 if topology.is_dead(rank) || room <= 0.0 {
                     continue;
                 }
-                let leaving = crosses(slots[ours], our_share, rank) - staying;
+                let leaving = crosses(ours, rank) - staying;
                 for theirs in topology.slots_of(rank) {
-                    let share = self.share(price, slots[theirs]);
-                    let moved = our_share - share;
+                    let moved = self.share[ours] - self.share[theirs];
                     if moved <= 0.0 || moved > room {
                         continue;
                     }
-                    let crossing = leaving + crosses(slots[theirs], share, heavy)
-                        - crosses(slots[theirs], share, rank);
+                    let crossing = leaving + crosses(theirs, heavy) - crosses(theirs, rank);
                     let brought = moved.min(wanted);
-                    let key = (crossing / brought, -brought);
-                    if best.is_none_or(|(least, _)| key < least)
+                    let better = |best: &(f64, Swap)| {
+                        let (cost, of_best) = (crossing * best.0, best.1.crossing * brought);
+                        cost < of_best || cost == of_best && brought > best.0
+                    };
+                    if best.as_ref().is_none_or(better)
                         && !holds(&slots[topology.slots_of(rank)], slots[ours])
                         && !holds(&slots[topology.slots_of(heavy)], slots[theirs])
                     {
@@ -219,7 +239,7 @@ impl Scratch {
                             moved,
                             crossing,
                         };
-                        best = Some((key, swap));
+                        best = Some((brought, swap));
                     }
                 }
             }

@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 
+use super::counts::share;
 use super::part::Part;
 use super::ranks::Ranks;
 
@@ -55,6 +56,7 @@ pub(crate) fn fill(
     }
     ranks.reset(part, count.len());
     place_by_count(ranks, part, items, count, scratch);
+    place_others(ranks, part);
 }
 
 /// Returns whether every replica found a place.
@@ -201,6 +203,27 @@ fn place_by_count(
         order.sort_unstable();
         for &(_, rank) in order.iter().take(count as usize) {
             ranks.push(rank as usize, expert as usize, share);
+        }
+    }
+}
+
+/// Where ranks have unequally many slots, not all counts can be had: replicas that found no place
+/// without an expert twice on a rank give way to those of experts that the rank lacks, hottest first.
+fn place_others(ranks: &mut Ranks, part: &Part) {
+    let share_of = |expert: usize, count: u32| share(part.weight[expert], count.max(1));
+    for expert in 0..ranks.num_experts() {
+        ranks.reshare(expert, share_of(expert, ranks.count(expert)));
+    }
+    for rank in 0..ranks.num_ranks() {
+        while ranks.has_room(rank) {
+            let lacking = (0..ranks.num_experts()).filter(|&expert| !ranks.holds(rank, expert));
+            let hottest = lacking.max_by_key(|&expert| {
+                let share = share_of(expert, ranks.count(expert));
+                (share, Reverse(expert))
+            });
+            let Some(expert) = hottest else { break };
+            ranks.push(rank, expert, 0);
+            ranks.reshare(expert, share_of(expert, ranks.count(expert)));
         }
     }
 }

@@ -229,41 +229,23 @@ pub(crate) fn improve(
             short = restart(aim, weight, count, spare, givers);
             continue;
         }
-        let mut giver = (i32::MAX, 0);
-        for _ in 0..GIVERS {
-            let place = random.below(givers.len());
-            let from = givers[place] as usize;
-            *tried = *spare;
-            aim.recount(tried, weight[from], count[from], count[from] - 1);
-            giver = giver.min((tried.shortage(), place));
-        }
-        let place = giver.1;
-        let from = givers[place] as usize;
-        aim.recount(spare, weight[from], count[from], count[from] - 1);
-        // The largest experts that make two partners where they are short; the largest of all;
-        // any that make two partners; any.
-        let size = 2.0 * aim.partner_size(spare);
-        let fit = weight.partition_point(|&weight| f64::from(weight) > size);
-        let mut taker = (i32::MAX, 0);
-        for pick in 0..TAKERS {
-            let to = match pick % 4 {
-                0 => fit + random.below(4),
-                1 => random.below(givers.len() + 8),
-                2 => fit + random.below(weight.len() - fit),
-                _ => random.below(weight.len()),
-            };
-            if to == from || to >= weight.len() || count[to] >= most {
-                continue;
-            }
-            *tried = *spare;
-            aim.recount(tried, weight[to], count[to], count[to] + 1);
-            taker = taker.min((tried.shortage(), to));
-        }
-        let (new, to) = taker;
+        let layer = Layer {
+            weight,
+            count,
+            most,
+            givers,
+        };
+        let change = if tries == 1 {
+            layer.best_change(aim, spare, tried)
+        } else {
+            layer.some_change(aim, spare, tried, &mut random)
+        };
+        let (new, place, to) = change;
         if new > short {
-            aim.recount(spare, weight[from], count[from] - 1, count[from]);
             continue;
         }
+        let from = givers[place] as usize;
+        aim.recount(spare, weight[from], count[from], count[from] - 1);
         short = new;
         aim.recount(spare, weight[to], count[to], count[to] + 1);
         count[from] -= 1;
@@ -277,6 +259,108 @@ pub(crate) fn improve(
     }
     count.copy_from_slice(best);
     level
+}
+
+/// The counts of a layer, between changes.
+struct Layer<'a> {
+    weight: &'a [i32],
+    count: &'a [u32],
+    most: u32,
+    /// Experts with more than one replica.
+    givers: &'a [u32],
+}
+
+/// The shortage after a change, the place of the expert among the givers that loses a replica, and
+/// the expert that gains it.
+type Change = (i32, usize, usize);
+
+impl Layer<'_> {
+    fn giver(&self, place: usize) -> usize {
+        self.givers[place] as usize
+    }
+
+    /// The first expert of which two replicas are partners where they are short.
+    #[inline(always)]
+    fn first_fit(&self, aim: Aim, spare: &Spare) -> usize {
+        let size = 2.0 * aim.partner_size(spare);
+        self.weight
+            .partition_point(|&weight| f64::from(weight) > size)
+    }
+
+    /// What is short after an expert has lost a replica; `lost` is what is to spare then.
+    #[inline(always)]
+    fn lose(&self, aim: Aim, spare: &Spare, from: usize, lost: &mut Spare) -> i32 {
+        *lost = *spare;
+        let count = self.count[from];
+        aim.recount(lost, self.weight[from], count, count - 1);
+        lost.shortage()
+    }
+
+    /// What is short after an expert has gained a replica, where that is possible.
+    #[inline(always)]
+    fn gain(&self, aim: Aim, lost: &Spare, from: usize, to: usize) -> i32 {
+        if to == from || to >= self.weight.len() || self.count[to] >= self.most {
+            return i32::MAX;
+        }
+        let mut gained = *lost;
+        let count = self.count[to];
+        aim.recount(&mut gained, self.weight[to], count, count + 1);
+        gained.shortage()
+    }
+
+    /// The best of all experts to lose a replica; it goes to the largest share, or to one of the
+    /// largest experts that make two partners where they are short.
+    #[inline(always)]
+    fn best_change(&self, aim: Aim, spare: &Spare, lost: &mut Spare) -> Change {
+        let share_of = |expert: usize| (share(self.weight[expert], self.count[expert]), expert);
+        let single = self.count.iter().position(|&count| count == 1);
+        let givers = self.givers.iter().map(|&giver| giver as usize);
+        let largest = givers.chain(single).map(share_of).max();
+        let largest = largest.map_or(0, |(_, expert)| expert);
+        let mut best = (i32::MAX, 0, 0);
+        for place in 0..self.givers.len() {
+            let from = self.giver(place);
+            self.lose(aim, spare, from, lost);
+            let fit = self.first_fit(aim, lost);
+            for to in [largest, fit, fit + 1] {
+                best = best.min((self.gain(aim, lost, from, to), place, to));
+            }
+        }
+        best
+    }
+
+    /// The best of a few experts to lose a replica, and then of a few to gain it.
+    #[inline(always)]
+    fn some_change(
+        &self,
+        aim: Aim,
+        spare: &Spare,
+        lost: &mut Spare,
+        random: &mut Random,
+    ) -> Change {
+        let mut giver = (i32::MAX, 0);
+        for _ in 0..GIVERS {
+            let place = random.below(self.givers.len());
+            giver = giver.min((self.lose(aim, spare, self.giver(place), lost), place));
+        }
+        let place = giver.1;
+        let from = self.giver(place);
+        self.lose(aim, spare, from, lost);
+        // The largest experts that make two partners where they are short; the largest of all;
+        // any that make two partners; any.
+        let fit = self.first_fit(aim, lost);
+        let mut taker = (i32::MAX, 0);
+        for pick in 0..TAKERS {
+            let to = match pick % 4 {
+                0 => fit + random.below(4),
+                1 => random.below(self.givers.len() + 8),
+                2 => fit + random.below(self.weight.len() - fit),
+                _ => random.below(self.weight.len()),
+            };
+            taker = taker.min((self.gain(aim, lost, from, to), to));
+        }
+        (taker.0, place, taker.1)
+    }
 }
 
 /// Counts anew for another aim; returns the shortage.

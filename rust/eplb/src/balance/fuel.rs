@@ -19,6 +19,24 @@ impl Budget {
     pub const DEFAULT: Self = Self::Iterations(1000);
 }
 
+impl Budget {
+    /// The same, or half of the time: for the first of two searches.
+    pub(crate) fn halved(self) -> Self {
+        match self {
+            Self::Time(time) => Self::Time(time / 2),
+            steps => steps,
+        }
+    }
+
+    /// The same, or what is left of the time.
+    pub(crate) fn since(self, start: Instant) -> Self {
+        match self {
+            Self::Time(time) => Self::Time(time.saturating_sub(start.elapsed())),
+            steps => steps,
+        }
+    }
+}
+
 impl Default for Budget {
     fn default() -> Self {
         Self::DEFAULT

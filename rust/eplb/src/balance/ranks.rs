@@ -239,7 +239,7 @@ impl Ranks {
 
     /// Makes all replicas of an expert carry a share.
     #[inline(always)]
-    fn reshare(&mut self, expert: usize, share: i32) {
+    pub(crate) fn reshare(&mut self, expert: usize, share: i32) {
         for word in 0..self.num_words {
             let mut hosts = self.hosts[expert * self.num_words + word];
             while hosts != 0 {

@@ -5,6 +5,7 @@
 //! nothing on ranks that are light enough. Every step of every walk is a point of the frontier: so
 //! many moves, so heavy a heaviest rank.
 
+use super::relabel::{self, relabel};
 use super::settle::{self, settle};
 use super::table::{Ranks, Site, Table, renew, scale};
 use super::walk::{self, Step, Walker};
@@ -16,10 +17,30 @@ use crate::topology::Topology;
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Point {
     pub(crate) moves: u32,
+    /// The longest that any rank takes, and the price of what crosses.
     pub(crate) level: i32,
+    pub(crate) price: i32,
     /// The steps that lead there.
     first: u32,
     end: u32,
+}
+
+impl Point {
+    /// What a table comes to; the moves and steps that lead there are to be filled in.
+    #[inline(always)]
+    fn of(ranks: &Ranks, weight: &[i32], table: &Table, served: &mut Vec<i64>) -> Self {
+        let price = ranks.price();
+        Self {
+            level: table.level(ranks),
+            price: price.map_or(0, |price| price.of(ranks, weight, table, served)),
+            ..Self::default()
+        }
+    }
+
+    /// What is made least.
+    pub(crate) fn value(&self) -> i32 {
+        self.level.saturating_add(self.price)
+    }
 }
 
 /// What a walk took: the moves, and how many ranks were above its level.
@@ -35,11 +56,15 @@ pub(crate) struct Scratch {
     table: Table,
     walk: walk::Scratch,
     settle: settle::Scratch,
+    relabel: relabel::Scratch,
     /// The load and the speed of each island.
     islands: Vec<(f64, f64)>,
     /// What a rank holds and has no slot for yet.
     unplaced: Vec<u32>,
     numbers: Vec<u32>,
+    served: Vec<i64>,
+    /// Sites that another expert gets.
+    changed: Vec<Site>,
 }
 
 /// One layer: where it starts, and where its walks have led.
@@ -83,8 +108,7 @@ impl Layer {
             repeats,
             &mut scratch.settle,
         );
-        let came = self.start.hosts().iter().zip(&self.home);
-        let moves = came.map(|(now, then)| (now & !then).count_ones()).sum();
+        let moves = self.moves_to(&self.start);
         renew(&mut scratch.islands, ranks.num_islands(), (0.0, 0.0));
         for rank in 0..ranks.len() {
             let (load, speed) = &mut scratch.islands[ranks.island_of(rank)];
@@ -97,12 +121,14 @@ impl Layer {
             .fold(0.0, f64::max);
         self.steps.clear();
         self.points.clear();
-        self.points.push(Point {
-            moves,
-            level: self.start.level(ranks),
-            first: 0,
-            end: 0,
-        });
+        let first = Point::of(ranks, &self.weight, &self.start, &mut scratch.served);
+        self.points.push(Point { moves, ..first });
+    }
+
+    /// How many experts a table has on ranks that did not hold them before any move.
+    fn moves_to(&self, table: &Table) -> u32 {
+        let came = table.hosts().iter().zip(&self.home);
+        came.map(|(now, then)| (now & !then).count_ones()).sum()
     }
 
     /// How many moves there is no way around.
@@ -133,9 +159,17 @@ impl Layer {
         }
         scratch.table.copy_from(&self.start);
         let mut trail = Trail::new(self.forced(), &mut self.steps, &mut self.points);
-        let Scratch { table, walk, .. } = scratch;
-        let mut walker = Walker::new(ranks, &self.weight, &self.home, table, walk);
-        walker.walk_for_nothing(fuel, |step, moves, level| trail.add(step, moves, level));
+        let Scratch {
+            table,
+            walk,
+            served,
+            ..
+        } = scratch;
+        let weight = &self.weight;
+        let mut walker = Walker::new(ranks, weight, &self.home, table, walk);
+        walker.walk_for_nothing(fuel, |step, moves, table| {
+            trail.add(step, moves, Point::of(ranks, weight, table, served));
+        });
     }
 
     /// Walks to a level, given as a fraction above the floor, or until more than so many moves are
@@ -158,19 +192,83 @@ impl Layer {
         scratch.table.copy_from(&self.start);
         let forced = self.forced();
         let mut trail = Trail::new(forced, &mut self.steps, &mut self.points);
-        let Scratch { table, walk, .. } = scratch;
-        let mut walker = Walker::new(ranks, &self.weight, &self.home, table, walk);
-        walker.walk_to(target, self.repeats, fuel, |step, moves, level| {
-            trail.add(step, moves, level);
+        let Scratch {
+            table,
+            walk,
+            served,
+            ..
+        } = scratch;
+        let weight = &self.weight;
+        let mut walker = Walker::new(ranks, weight, &self.home, table, walk);
+        walker.walk_to(target, self.repeats, fuel, |step, moves, table| {
+            trail.add(step, moves, Point::of(ranks, weight, table, served));
             trail.moves as usize <= forced.saturating_add(most)
         });
         let moves = (trail.moves as usize).saturating_sub(forced);
         Walked { moves, above }
     }
 
+    /// Takes in a plan made from scratch, as a path on which each rank gives its slots to what one of
+    /// the plan's ranks holds: that which leaves fewest to arrive.
+    pub(crate) fn add_plan(
+        &mut self,
+        ranks: &Ranks,
+        topology: &Topology,
+        plan: &[Replica],
+        scratch: &mut Scratch,
+    ) {
+        let Scratch {
+            table,
+            unplaced,
+            changed,
+            relabel: names,
+            served,
+            ..
+        } = scratch;
+        relabel(ranks, topology, &self.home, plan, names);
+        table.copy_from(&self.start);
+        let first = self.steps.len();
+        for (rank, &origin) in names.origin().iter().enumerate() {
+            let slots = topology.slots_of(ranks.gpus[origin as usize] as usize);
+            let wanted = plan[slots]
+                .iter()
+                .filter(|&&replica| replica != Replica::NONE);
+            unplaced.clear();
+            unplaced.extend(wanted.map(|replica| replica.expert));
+            changed.clear();
+            for site in ranks.slots(rank).map(|slot| Site::new(rank, slot)) {
+                let held = table.expert_in(site);
+                let stays = unplaced
+                    .iter()
+                    .position(|&expert| held == Some(expert as usize));
+                match stays {
+                    Some(place) => drop(unplaced.remove(place)),
+                    None => changed.push(site),
+                }
+            }
+            let gifts = changed.iter().zip(&*unplaced);
+            let gifts = gifts.map(|(&site, &expert)| Step::Give(site, expert));
+            self.steps.extend(gifts);
+        }
+        for step in &self.steps[first..] {
+            step.take(table, &self.weight);
+        }
+        self.points.push(Point {
+            moves: self.moves_to(table),
+            first: first as u32,
+            end: self.steps.len() as u32,
+            ..Point::of(ranks, &self.weight, table, served)
+        });
+    }
+
     /// Keeps the points that no mixture of others beats.
     pub(crate) fn keep_hull(&mut self) {
         keep_hull(&mut self.points);
+    }
+
+    /// The least value on the hull.
+    pub(crate) fn value(&self) -> i32 {
+        self.points.last().map_or(0, Point::value)
     }
 
     /// The points, by moves.
@@ -250,25 +348,25 @@ impl<'a> Trail<'a> {
     }
 
     #[inline(always)]
-    fn add(&mut self, step: Step, moves: i32, level: i32) {
+    fn add(&mut self, step: Step, moves: i32, point: Point) {
         self.moves = self.moves.saturating_add_signed(moves);
         self.steps.push(step);
         self.points.push(Point {
             moves: self.moves,
-            level,
             first: self.first,
             end: self.steps.len() as u32,
+            ..point
         });
     }
 }
 
 /// Keeps the lower convex hull, by moves.
 fn keep_hull(points: &mut Vec<Point>) {
-    points.sort_unstable_by_key(|point| (point.moves, point.level, point.first, point.end));
+    points.sort_unstable_by_key(|point| (point.moves, point.value(), point.first, point.end));
     let mut kept = 0;
     for index in 0..points.len() {
         let next = points[index];
-        if kept > 0 && next.level >= points[kept - 1].level {
+        if kept > 0 && next.value() >= points[kept - 1].value() {
             continue;
         }
         while kept > 1 && above(&points[kept - 2], &points[kept - 1], &next) {
@@ -287,11 +385,11 @@ fn keep_hull(points: &mut Vec<Point>) {
 fn above(a: &Point, b: &Point, c: &Point) -> bool {
     let (run, rise) = (
         i64::from(c.moves) - i64::from(a.moves),
-        i64::from(c.level) - i64::from(a.level),
+        i64::from(c.value()) - i64::from(a.value()),
     );
     let (part, partial) = (
         i64::from(b.moves) - i64::from(a.moves),
-        i64::from(b.level) - i64::from(a.level),
+        i64::from(b.value()) - i64::from(a.value()),
     );
     partial * run >= rise * part
 }

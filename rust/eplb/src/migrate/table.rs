@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::price::Price;
 use super::rows::ROW;
 use crate::balance::{WHOLE, share};
 use crate::topology::Topology;
@@ -39,13 +40,17 @@ pub(crate) struct Ranks {
     num_islands: usize,
     /// How many experts are in a group, where groups stay on their node.
     group_size: Option<usize>,
+    /// What is paid for tokens that cross between nodes, if anything.
+    price: Option<Price>,
     stride: usize,
     num_slots: usize,
     num_words: usize,
 }
 
 impl Ranks {
+    /// Takes the ranks; experts of a group stay on their node where a size of groups is given.
     pub(crate) fn set(&mut self, topology: &Topology, group_size: Option<usize>) {
+        self.price = None;
         self.gpus.clear();
         self.slots_of.clear();
         self.slowness.clear();
@@ -68,8 +73,40 @@ impl Ranks {
         self.num_words = self.gpus.len().div_ceil(64);
     }
 
+    /// Lets groups of so many experts leave their node at a cost for each token that crosses.
+    pub(crate) fn set_price(&mut self, topology: &Topology, group_size: usize, cost: f64) {
+        let nodes = self.gpus.iter().map(|&gpu| topology.node_of(gpu as usize));
+        self.price = Some(Price {
+            cost: cost / self.len().max(1) as f64,
+            group_size,
+            num_nodes: topology.num_nodes(),
+            node_of: nodes.map(|node| node as u32).collect(),
+        });
+    }
+
+    /// What is paid for tokens that cross between nodes, if anything.
+    pub(crate) fn price(&self) -> Option<&Price> {
+        self.price.as_ref()
+    }
+
+    /// Lets no rank give experts to one of another node.
+    pub(crate) fn confine(&mut self, topology: &Topology) {
+        let nodes = self
+            .gpus
+            .iter()
+            .map(|&gpu| topology.node_of(gpu as usize) as u32);
+        self.island_of.clear();
+        self.island_of.extend(nodes);
+        self.num_islands = topology.num_nodes();
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.gpus.len()
+    }
+
+    /// How many slots all ranks have.
+    pub(crate) fn num_slots(&self) -> usize {
+        self.slots_of.iter().sum::<u32>() as usize
     }
 
     /// How many slots a rank has.
@@ -101,6 +138,28 @@ impl Ranks {
     #[inline(always)]
     pub(crate) fn joined(&self, a: usize, b: usize) -> bool {
         self.island_of[a] == self.island_of[b]
+    }
+
+    /// Whether two ranks have as many slots and are as fast, so that either can do what the other does.
+    pub(crate) fn are_alike(&self, a: usize, b: usize) -> bool {
+        self.slots_of[a] == self.slots_of[b] && self.slowness[a] == self.slowness[b]
+    }
+
+    /// Whether each rank of an island has its like on another. Ranks of an island follow one another.
+    pub(crate) fn islands_are_alike(&self, a: usize, b: usize) -> bool {
+        let of =
+            |island: usize| (0..self.len()).filter(move |&rank| self.island_of(rank) == island);
+        let likes = |rank: usize, island: usize| {
+            of(island)
+                .filter(move |&other| self.are_alike(rank, other))
+                .count()
+        };
+        of(a).count() == of(b).count() && of(a).all(|rank| likes(rank, a) == likes(rank, b))
+    }
+
+    /// How many words of bits the ranks take.
+    pub(crate) fn num_words(&self) -> usize {
+        self.num_words
     }
 
     pub(crate) fn num_islands(&self) -> usize {
@@ -307,14 +366,8 @@ impl Table {
     /// Visits the ranks that hold an expert, with how often each does.
     #[inline(always)]
     pub(crate) fn each_host(&self, expert: usize, mut visit: impl FnMut(usize, i32)) {
-        for index in 0..self.num_words {
-            let mut word = self.hosts[expert * self.num_words + index];
-            while word != 0 {
-                let rank = index * 64 + word.trailing_zeros() as usize;
-                word &= word - 1;
-                visit(rank, self.times(rank, expert));
-            }
-        }
+        let hosts = &self.hosts[expert * self.num_words..][..self.num_words];
+        each_bit(hosts, |rank| visit(rank, self.times(rank, expert)));
     }
 
     /// The longest that any rank takes.
@@ -397,6 +450,18 @@ impl Table {
                     }
                 }
             }
+        }
+    }
+}
+
+/// Visits the bits that are set, lowest first.
+#[inline(always)]
+pub(crate) fn each_bit(words: &[u64], mut visit: impl FnMut(usize)) {
+    for (index, &word) in words.iter().enumerate() {
+        let mut word = word;
+        while word != 0 {
+            visit(index * 64 + word.trailing_zeros() as usize);
+            word &= word - 1;
         }
     }
 }

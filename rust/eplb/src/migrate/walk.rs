@@ -5,9 +5,12 @@
 //! below the level, then the next: what is taken from it goes where there is most room for it, and
 //! first of all in exchange for a replica that has moved already, which is a move saved.
 
+mod give;
+
 use super::rows::{argmax, argmin, least_above, nearest};
 use super::table::{BARRED, Ranks, Site, Table, renew};
-use crate::balance::{Fuel, WHOLE, share};
+use crate::balance::{Fuel, WHOLE};
+use give::{Cold, Give, Hot};
 
 /// What it is worth that one rank more is below the level, in mean rank loads: exchanges are counted
 /// by the rank, however little it is above.
@@ -49,42 +52,6 @@ pub(crate) struct Scratch {
     arrived: Vec<Site>,
     hots: Vec<Hot>,
     colds: Vec<Cold>,
-}
-
-/// To whom slots may be given.
-#[derive(Debug, Clone, Copy)]
-enum Give {
-    Any,
-    /// To experts that the rank has held from the start: a second slot of a newcomer would be sent
-    /// to it as well.
-    Repeats,
-    /// To experts that it lacks.
-    Newcomers,
-}
-
-/// A slot that its expert can do without.
-#[derive(Debug, Clone, Copy)]
-struct Cold {
-    site: Site,
-    expert: u32,
-    /// What its rank would carry without it.
-    load: i32,
-    /// What it costs the other ranks that hold the expert.
-    burden: i64,
-    /// What giving it away can gain at most, besides what the expert that gets it gains.
-    most: i64,
-    /// Whether its expert leaves the rank, and takes a move with it.
-    unmoves: i32,
-}
-
-/// An expert that would carry less in each of its slots if it had one more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Hot {
-    expert: u32,
-    before: i32,
-    after: i32,
-    /// What that is worth to the ranks that hold it.
-    relief: i64,
 }
 
 /// What a step does: how much it is worth, and the moves it takes.
@@ -137,14 +104,14 @@ impl<'a> Walker<'a> {
     }
 
     /// Takes steps until no rank takes longer than `target` or no step helps. `visit` is told of
-    /// each step, its moves and the level after it, and says whether to go on.
+    /// each step, its moves and who holds what after it, and says whether to go on.
     #[inline(always)]
     pub(crate) fn walk_to(
         &mut self,
         target: i32,
         repeats: bool,
         fuel: &mut Fuel,
-        mut visit: impl FnMut(Step, i32, i32) -> bool,
+        mut visit: impl FnMut(Step, i32, &Table) -> bool,
     ) {
         self.aim(target);
         self.prize = (self.ranks.mean() * PRIZE) as i32;
@@ -154,16 +121,21 @@ impl<'a> Walker<'a> {
             if self.scratch.over[heavy] <= 0 || !fuel.step() {
                 return;
             }
+            // Not `or_else`: closures are compiled without the vectors that this is compiled for.
             let mut best = self.exchange_back(heavy);
-            best = best.or_else(|| self.exchange_new(heavy));
-            if step < GIVES {
+            if best.is_none() {
+                best = self.exchange_new(heavy);
+            }
+            let stuck = best.is_none();
+            if stuck {
+                best = self.exchange_nearest(heavy);
+            }
+            if stuck || step < GIVES {
                 best = self.best_give(heavy, kind, best).or(best);
             }
-            best = best.or_else(|| self.exchange_nearest(heavy));
             let Some(offer) = best else { return };
             self.take(offer.step);
-            let level = self.table.level(self.ranks);
-            if !visit(offer.step, offer.moves, level) {
+            if !visit(offer.step, offer.moves, self.table) {
                 return;
             }
         }
@@ -174,7 +146,7 @@ impl<'a> Walker<'a> {
     pub(crate) fn walk_for_nothing(
         &mut self,
         fuel: &mut Fuel,
-        mut visit: impl FnMut(Step, i32, i32),
+        mut visit: impl FnMut(Step, i32, &Table),
     ) {
         let mut level = self.table.level(self.ranks);
         // No step is worth that another rank is as heavy then.
@@ -191,7 +163,7 @@ impl<'a> Walker<'a> {
                 return;
             }
             level = after;
-            visit(offer.step, offer.moves, level);
+            visit(offer.step, offer.moves, self.table);
         }
     }
 
@@ -482,139 +454,5 @@ impl<'a> Walker<'a> {
             }
             self.scratch.miss[light] = exact;
         }
-    }
-
-    /// The best slot to give to an expert of a rank that is too heavy, so that its replicas carry
-    /// less; worth more than what is at hand.
-    #[inline(always)]
-    fn best_give(&mut self, heavy: usize, kind: Give, at_hand: Option<Offer>) -> Option<Offer> {
-        let mut limit = at_hand.map_or(0, |offer| offer.worth());
-        self.list_hots(heavy);
-        let dearest = self.scratch.hots.iter().map(|hot| hot.relief).max()?;
-        self.list_colds(limit / 4 - dearest);
-        let Scratch {
-            over,
-            cap,
-            hots,
-            colds,
-            ..
-        } = &*self.scratch;
-        let mut best: Option<Offer> = None;
-        for hot in hots {
-            let expert = hot.expert as usize;
-            for cold in colds {
-                let rank = cold.site.rank();
-                if (hot.relief + cold.most) * 4 <= limit
-                    || cold.expert == hot.expert
-                    || !self.ranks.joined(rank, heavy)
-                {
-                    continue;
-                }
-                let times = self.table.times(rank, expert);
-                let wanted = match kind {
-                    Give::Any => times == 0 || self.is_home(rank, expert),
-                    Give::Repeats => times > 0 && self.is_home(rank, expert),
-                    Give::Newcomers => times == 0,
-                };
-                if !wanted {
-                    continue;
-                }
-                let moves = i32::from(times == 0 && !self.is_home(rank, expert)) - cold.unmoves;
-                // The relief of its rank is what both changes bring together.
-                let alone = if times == 0 {
-                    0
-                } else {
-                    self.relief(over[rank], over[rank] + times * (hot.after - hot.before))
-                };
-                let load = cold.load + (times + 1) * hot.after - times * hot.before;
-                let together = self.relief(over[rank], load - cap[rank]);
-                let offer = Offer {
-                    gain: hot.relief - alone - cold.burden + together,
-                    moves,
-                    step: Step::Give(cold.site, hot.expert),
-                };
-                if offer.gain > 0 && offer.worth() > limit {
-                    limit = offer.worth();
-                    best = Some(offer);
-                }
-            }
-        }
-        best
-    }
-
-    /// Lists the experts of a rank that would take from it, and from others that are too heavy, if
-    /// they had one slot more.
-    #[inline(always)]
-    fn list_hots(&mut self, heavy: usize) {
-        let mut hots = std::mem::take(&mut self.scratch.hots);
-        hots.clear();
-        for slot in self.ranks.slots(heavy) {
-            let Some(expert) = self.table.expert_in(Site::new(heavy, slot)) else {
-                continue;
-            };
-            let count = self.table.count(expert);
-            let before = share(self.weight[expert], count);
-            let after = share(self.weight[expert], count + 1);
-            let over = &self.scratch.over;
-            let mut relief = 0;
-            self.table.each_host(expert, |rank, times| {
-                relief += self.relief(over[rank], over[rank] + times * (after - before));
-            });
-            let hot = Hot {
-                expert: expert as u32,
-                before,
-                after,
-                relief,
-            };
-            if relief > 0 && !hots.contains(&hot) {
-                hots.push(hot);
-            }
-        }
-        self.scratch.hots = hots;
-    }
-
-    /// Lists the slots that their expert can do without, if what that gains at most is enough.
-    #[inline(always)]
-    fn list_colds(&mut self, enough: i64) {
-        let mut colds = std::mem::take(&mut self.scratch.colds);
-        colds.clear();
-        for rank in 0..self.ranks.len() {
-            let over = &self.scratch.over;
-            let own = self.relief(over[rank], 0);
-            for slot in self.ranks.slots(rank) {
-                let site = Site::new(rank, slot);
-                let Some(expert) = self.table.expert_in(site) else {
-                    continue;
-                };
-                let count = self.table.count(expert);
-                if count == 1 {
-                    continue;
-                }
-                let before = share(self.weight[expert], count);
-                let more = share(self.weight[expert], count - 1) - before;
-                let mut burden = 0;
-                let mut times = 1;
-                self.table.each_host(expert, |host, here| {
-                    if host == rank {
-                        times = here;
-                    } else {
-                        burden -= self.relief(over[host], over[host] + here * more);
-                    }
-                });
-                let most = own - burden;
-                if most > enough {
-                    let leaves = times == 1 && !self.is_home(rank, expert);
-                    colds.push(Cold {
-                        site,
-                        expert: expert as u32,
-                        load: self.table.load[rank] - before + (times - 1) * more,
-                        burden,
-                        most,
-                        unmoves: i32::from(leaves),
-                    });
-                }
-            }
-        }
-        self.scratch.colds = colds;
     }
 }

@@ -5,7 +5,6 @@ use std::collections::BinaryHeap;
 
 use multiversion::multiversion;
 
-use super::cuts::Cuts;
 use super::even::Even;
 use super::layer::{Exchange, Layer};
 use super::rows::{Change, Futures};
@@ -96,21 +95,6 @@ pub(super) fn improve_even(
     scratch: &mut Scratch,
 ) {
     let judge = Even::new(layer, futures);
-    improve(layer, futures, judge, limits, fuel, scratch);
-}
-
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
-    "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
-))]
-pub(super) fn improve_shared(
-    layer: &mut Layer,
-    futures: &Futures,
-    limits: Limits,
-    fuel: &mut Fuel,
-    scratch: &mut Scratch,
-) {
-    let judge = Cuts::new(layer, futures);
     improve(layer, futures, judge, limits, fuel, scratch);
 }
 

@@ -5,6 +5,7 @@
 //! smallest counter-example: which rank, which instruction, who waits for whom.
 
 mod deadlock;
+mod posts;
 mod scan;
 mod violation;
 

@@ -1,0 +1,162 @@
+//! Plans from the placement in force.
+
+use std::time::Instant;
+
+use super::{Planner, Scratch};
+use crate::error::Result;
+use crate::load::Load;
+use crate::migrate::{Milestone, Reach};
+use crate::placement::{Placement, Replica};
+use crate::transfer::TransferLimits;
+
+impl Planner {
+    /// Plans the best placement within reach of the one in force. A move is an expert that arrives
+    /// on a rank that did not hold it. Experts that stay on their rank keep their slot.
+    ///
+    /// Where GPUs have died or joined since, some moves cannot be avoided: an expert that lost its
+    /// last replica gets one, and a rank that holds nothing gets an expert; if no slot may repeat an
+    /// expert, every slot that came free gets one. These are made whatever the limits.
+    ///
+    /// # Errors
+    /// As [`draft`](Self::draft); [`Code::Inconsistent`] or [`Code::WrongShape`] for a previous
+    /// placement of other machines, layers or experts.
+    pub fn plan_from(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        reach: &Reach,
+    ) -> Result<Placement> {
+        self.migrate(load, previous, reach, false, |scratch| {
+            scratch.migrate.choose(reach, usize::MAX);
+            self.write_moved(scratch, load, previous)
+        })
+    }
+
+    /// Like [`plan_from`](Self::plan_from), within limits on what has to be sent as well: of the
+    /// plans on the [frontier](Self::frontier), the furthest whose transfers keep to them.
+    ///
+    /// O(log M) times what [`transfers`](crate::transfers) takes, for M milestones.
+    ///
+    /// # Errors
+    /// As [`plan_from`](Self::plan_from), and [`Code::WrongShape`] for other layers in the limits.
+    pub fn plan_within(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        reach: &Reach,
+        limits: &TransferLimits<'_>,
+    ) -> Result<Placement> {
+        limits.check(load.num_layers())?;
+        self.migrate(load, previous, reach, true, |scratch| {
+            scratch.migrate.choose(reach, 0);
+            let mut best = self.write_moved(scratch, load, previous)?;
+            // All up to `fits` pieces keep to the limits, as far as is known; `beyond` do not.
+            let (mut fits, mut beyond) = (0, scratch.migrate.num_pieces() + 1);
+            while fits + 1 < beyond {
+                let middle = if fits == 0 && beyond > scratch.migrate.num_pieces() {
+                    beyond - 1
+                } else {
+                    fits.midpoint(beyond)
+                };
+                scratch.migrate.choose(reach, middle);
+                let next = self.write_moved(scratch, load, previous)?;
+                if limits.allow(previous, &next)? {
+                    (fits, best) = (middle, next);
+                } else {
+                    beyond = middle;
+                }
+            }
+            Ok(best)
+        })
+    }
+
+    /// Balance against moves, from the placement in force: each milestone is the best for its
+    /// number of moves that the search has found, and [`plan_from`](Self::plan_from) with that
+    /// number leads there or nearby. Whether slots may repeat an expert of their rank is as in
+    /// [`Reach`].
+    ///
+    /// # Errors
+    /// As [`plan_from`](Self::plan_from).
+    pub fn frontier(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        repeats: bool,
+    ) -> Result<Vec<Milestone>> {
+        let reach = Reach {
+            repeats,
+            ..Reach::default()
+        };
+        self.migrate(load, previous, &reach, true, |scratch| {
+            Ok(scratch.migrate.frontier())
+        })
+    }
+
+    /// Explores what moves lead to, and does something with it.
+    fn migrate<T>(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        reach: &Reach,
+        whole: bool,
+        then: impl FnOnce(&mut Scratch) -> Result<T>,
+    ) -> Result<T> {
+        let mut scratch = self.take_scratch();
+        let explored = self.explore(load, previous, reach, whole, &mut scratch);
+        let result = explored.and_then(|()| then(&mut scratch));
+        self.idle_scratch().push(scratch);
+        result
+    }
+
+    /// Explores what moves lead to; where that falls short, a plan from scratch is tried.
+    fn explore(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        reach: &Reach,
+        whole: bool,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let fresh = self.fresh_shape(load.num_experts());
+        let shape = match &fresh {
+            Ok(shape) if shape.price().is_some() => *shape,
+            _ => self.balanced_shape(load.num_experts())?,
+        };
+        let start = Instant::now();
+        let budget = self.budget.halved();
+        let migrate = &mut scratch.migrate;
+        migrate.start(&self.topology, &shape, load, previous, reach.repeats)?;
+        migrate.walk(reach, whole, budget);
+        let short = migrate.list_short(reach);
+        // Where a node has no group left, moves may lead on, but a plan from scratch is refused.
+        if let (false, Ok(shape)) = (short.is_empty(), fresh) {
+            let mut loads = std::mem::take(&mut scratch.loads);
+            loads.clear();
+            for &layer in short {
+                loads.extend_from_slice(load.layer(layer));
+            }
+            let short = Load::new(&loads, short.len(), load.num_experts())?;
+            let budget = self.budget.since(start);
+            let planned = self.compute_balanced(&shape, budget, &short, scratch);
+            scratch.loads = loads;
+            planned?;
+            scratch.migrate.add_plans(&self.topology, &scratch.replicas);
+        }
+        Ok(())
+    }
+
+    /// The placement that the moves chosen lead to.
+    fn write_moved(
+        &self,
+        scratch: &mut Scratch,
+        load: &Load<'_>,
+        previous: &Placement,
+    ) -> Result<Placement> {
+        let Scratch {
+            replicas, migrate, ..
+        } = scratch;
+        replicas.resize(load.num_layers() * self.topology.num_slots(), Replica::NONE);
+        migrate.write(&self.topology, previous, replicas);
+        Placement::from_replicas(self.topology.clone(), load.num_experts(), replicas)
+    }
+}
