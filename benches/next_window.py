@@ -40,12 +40,7 @@ Split = Literal["uniform", "shares"]
 
 SHAPES = ((72, 8), (80, 16), (96, 32))
 SPLITS: tuple[Split, Split] = ("uniform", "shares")
-# Chosen on the trace.
-OUTLOOKS = {"uniform": Outlook(spread=0.1, flatness=0.0), "shares": Outlook()}
-ITERATIONS = {
-    "uniform": {72: 1000, 80: 1000, 96: 1000},
-    "shares": {72: 3000, 80: 1000, 96: 3000},
-}
+ITERATIONS = 1000
 DOMAIN_WINDOWS = 8
 
 
@@ -137,7 +132,6 @@ def forecast(
             previous=plan,
             max_moves_per_layer=None if plan is None else moves,
             split=split,
-            outlook=OUTLOOKS[split],
         )
 
     return make
@@ -160,7 +154,7 @@ def cases(windows: Loads, name: str, fractions: tuple[float, ...], **budget: Any
     for slots, ranks in SHAPES:
         for split in SPLITS:
             for fraction in fractions:
-                steps = budget or {"iterations": ITERATIONS[split][slots]}
+                steps = budget or {"iterations": ITERATIONS}
                 make = forecast(slots, ranks, split, fraction, **steps)
                 case = f"{slots}/{ranks} {split}, at most {fraction:.0%} moved"
                 results[case] = replay(windows, make, (split,), fraction) | {"budget": steps}
@@ -203,14 +197,13 @@ def of_deepseek_r1() -> dict[str, Any]:
     planner = eplb_rs.Planner(machines, policy="balanced", iterations=300)
     for split in SPLITS:
         start = time.process_time()
-        plan = planner.plan_windows(before[None], split=split, outlook=OUTLOOKS[split])
+        plan = planner.plan_windows(before[None], split=split)
         seconds = time.process_time() - start
         later = planner.plan_windows(
             np.stack([before, after]),
             previous=plan,
             max_moves_per_layer=28,
             split=split,
-            outlook=OUTLOOKS[split],
         )
         results[split] = {
             "DeepSeek": round(balance(reference, after, split), 4),
@@ -229,7 +222,8 @@ def of_fixed() -> dict[str, Any]:
     for slots, ranks in SHAPES:
         planner = eplb_rs.Planner(topology(slots, ranks), policy="balanced", iterations=8000)
         start = time.process_time()
-        plan = planner.plan_scenarios(even, split="shares")
+        calibration = Outlook(shift=1.0, most_windows=16, copies=16, spread=0.15, flatness=0.2)
+        plan = planner.plan_windows(even, split="shares", outlook=calibration)
         seconds = time.process_time() - start
         fitting = np.mean([balance(plan, load, "shares") for load in odd])
         splits: dict[str, list[float]] = {"uniform": [], "last window": [], "mean so far": []}

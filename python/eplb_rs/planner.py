@@ -401,7 +401,8 @@ class Planner:
             max_moves: As for :meth:`plan_scenarios`.
             max_moves_per_layer: As for :meth:`plan_scenarios`.
             split: As for :meth:`plan_scenarios`.
-            outlook: How scenarios are made of windows.
+            outlook: How scenarios are made of windows; by default as suits the split
+                (:meth:`Outlook.for_split <eplb_rs.scenarios.Outlook.for_split>`).
             layer_ids: As for :meth:`plan`.
 
         Returns:
@@ -411,7 +412,7 @@ class Planner:
             InvalidInputError: As :meth:`plan_scenarios`, for ``windows``; as
                 :meth:`Outlook.scenarios <eplb_rs.scenarios.Outlook.scenarios>`.
         """
-        made = Outlook() if outlook is None else outlook
+        made = Outlook.for_split(split) if outlook is None else outlook
         if not isinstance(made, Outlook):
             raise wrong_type("outlook", outlook, "an eplb_rs.scenarios.Outlook or None")
         return self.plan_scenarios(

@@ -36,7 +36,7 @@ __all__ = ["Outlook"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
     """Makes scenarios of windows: those since the load last shifted, and copies that differ from
-    their mean as a window to come may.
+    them, each from one in turn, as a window to come may.
 
     The copies are drawn with fixed seeds: the same windows give the same scenarios, everywhere.
 
@@ -47,14 +47,24 @@ class Outlook:
         copies: How many copies there are.
         spread: How far copies scatter: the standard deviation of an expert of mean load, in units
             of that load. The variance grows with the load.
-        flatness: How far the mean that copies scatter about is drawn to an even load, 0 to 1.
+        flatness: How far what copies scatter about is drawn to an even load, 0 to 1.
     """
 
     shift: float = 0.25
     most_windows: int = 8
-    copies: int = 8
-    spread: float = 0.2
+    copies: int = 24
+    spread: float = 0.3
     flatness: float = 0.3
+
+    @classmethod
+    def for_split(cls, split: str) -> Outlook:
+        """What :meth:`eplb_rs.Planner.plan_windows` uses unless it is told otherwise.
+
+        Tokens that are split anew reach balance in all windows that have been: what helps is to
+        plan for many that differ from these, the default. Even splits gain little by that: 8
+        copies, of less spread and not drawn to an even load.
+        """
+        return cls() if split == "shares" else cls(copies=8, spread=0.1, flatness=0.0)
 
     def since_shift(self, windows: LoadLike) -> int:
         """The first window after the last shift; 0 if there was none.

@@ -49,7 +49,6 @@ def layer_moves(plan, previous):
     ],
 )
 def test_plans_are_good_in_the_next_window(windows, slots, ranks, split, least):
-    outlook = Outlook(spread=0.1, flatness=0.0) if split == "uniform" else Outlook()
     plan, scores = None, []
     for window in range(1, 32):
         previous = plan
@@ -58,7 +57,6 @@ def test_plans_are_good_in_the_next_window(windows, slots, ranks, split, least):
             previous=previous,
             max_moves_per_layer=None if previous is None else slots // 4,
             split=split,
-            outlook=outlook,
         )
         check(plan)
         if previous is not None:

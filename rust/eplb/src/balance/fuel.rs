@@ -52,6 +52,7 @@ pub(crate) struct Fuel {
     /// What it held at first; the measure of how much patience a search may have.
     pub(crate) capacity: u32,
     left: u32,
+    began: Instant,
     deadline: Option<Instant>,
 }
 
@@ -60,6 +61,7 @@ impl Fuel {
         Self {
             capacity,
             left: capacity,
+            began: Instant::now(),
             deadline: None,
         }
     }
@@ -69,6 +71,7 @@ impl Fuel {
         Self {
             capacity,
             left: capacity,
+            began: Instant::now(),
             deadline: Some(deadline),
         }
     }
@@ -78,6 +81,17 @@ impl Fuel {
         Self {
             left: self.capacity,
             ..self.clone()
+        }
+    }
+
+    /// Which part of it is spent, 0 to 1.
+    pub(crate) fn spent(&self) -> f32 {
+        match self.deadline {
+            None => 1.0 - self.left as f32 / self.capacity.max(1) as f32,
+            Some(deadline) => {
+                let all = deadline.saturating_duration_since(self.began).as_secs_f32();
+                (self.began.elapsed().as_secs_f32() / all.max(1e-9)).min(1.0)
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! Replicas share evenly: what a placement is worth then.
 
 use super::layer::{Exchange, Layer};
-use super::rows::{Change, Futures, LANES, Row, Table, add, total};
+use super::rows::{Change, Futures, Table, add, squares};
 use super::search::Judge;
 
 /// Judges a placement by the squares of what ranks carry above the mean, in each scenario.
@@ -51,21 +51,6 @@ impl Even {
         }
         self.value = self.squares.iter().sum();
     }
-}
-
-/// The weighted sum of squares of what is above the mean.
-#[inline(always)]
-fn squares(row: &Row, weights: &Row) -> f32 {
-    let mut squares = [0.0f32; LANES];
-    for lane in 0..LANES {
-        let over = if row[lane] > 1.0 {
-            row[lane] - 1.0
-        } else {
-            0.0
-        };
-        squares[lane] = weights[lane] * over * over;
-    }
-    total(&squares)
 }
 
 impl Judge for Even {

@@ -210,6 +210,20 @@ impl Layer {
         }
     }
 
+    /// Gives all slots other experts, `[R]`, of which each has a slot.
+    pub(super) fn hold(&mut self, experts: &[i64]) {
+        let differ = |layer: &Self, slot: usize| layer.experts[slot] != experts[slot];
+        let slots: Vec<usize> = (0..experts.len())
+            .filter(|&slot| differ(self, slot))
+            .collect();
+        for &slot in &slots {
+            self.leave(slot);
+        }
+        for &slot in &slots {
+            self.enter(slot, experts[slot] as usize);
+        }
+    }
+
     /// Empties a slot; returns what it held.
     fn leave(&mut self, slot: usize) -> usize {
         let expert = self.expert(slot as u32);

@@ -5,7 +5,7 @@ use crate::balance::Random;
 use crate::error::{Code, Error, Result};
 
 /// Makes scenarios of windows: those since the load last shifted, and copies that differ from
-/// their mean as a window to come may.
+/// them, each from one in turn, as a window to come may.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outlook {
     /// A shift is where shares of load change by more than this from one window to the next: half
@@ -18,7 +18,7 @@ pub struct Outlook {
     /// How far copies scatter: the standard deviation of an expert of mean load, in units of
     /// that load. The variance grows with the load.
     pub spread: f64,
-    /// How far the mean that copies scatter about is drawn to an even load, from 0 to 1.
+    /// How far what copies scatter about is drawn to an even load, from 0 to 1.
     pub flatness: f64,
 }
 
@@ -27,8 +27,8 @@ impl Default for Outlook {
         Self {
             shift: 0.25,
             most_windows: 8,
-            copies: 8,
-            spread: 0.2,
+            copies: 24,
+            spread: 0.3,
             flatness: 0.3,
         }
     }
@@ -74,38 +74,26 @@ impl Outlook {
         check_windows(kept + self.copies)?;
         scenarios.resize((kept + self.copies) * layers, 0.0);
         let (of_windows, copies) = scenarios.split_at_mut(kept * layers);
-        let mut mean = vec![0.0f32; num_experts];
+        let flatness = self.flatness as f32;
         for layer in 0..num_layers {
             // Every layer draws the same numbers, so that its plan does not depend on others.
             let mut random = Random::new();
             let begin = layer * num_experts;
-            self.mean(of_windows, layers, begin, &mut mean);
-            let average = mean.iter().sum::<f32>() / num_experts as f32;
-            let variance = (self.spread * self.spread) as f32 * average;
-            for copy in copies.chunks_exact_mut(layers) {
-                for (to, &mean) in copy[begin..].iter_mut().zip(&mean) {
-                    let load = mean + (variance * mean).sqrt() * normal(&mut random);
+            for (copy, windows) in copies
+                .chunks_exact_mut(layers)
+                .zip(of_windows.chunks_exact(layers).cycle())
+            {
+                let window = &windows[begin..begin + num_experts];
+                let average = window.iter().sum::<f32>() / num_experts as f32;
+                let variance = (self.spread * self.spread) as f32 * average;
+                for (to, &load) in copy[begin..].iter_mut().zip(window) {
+                    let load = load + flatness * (average - load);
+                    let load = load + (variance * load).sqrt() * normal(&mut random);
                     *to = if load > 0.0 { load } else { 0.0 };
                 }
             }
         }
         Ok(scenarios)
-    }
-
-    /// The mean of the windows in one layer, drawn to an even load.
-    fn mean(&self, windows: &[f32], stride: usize, begin: usize, mean: &mut [f32]) {
-        let kept = windows.len() / stride;
-        mean.fill(0.0);
-        for window in windows.chunks_exact(stride) {
-            for (mean, load) in mean.iter_mut().zip(&window[begin..]) {
-                *mean += load / kept as f32;
-            }
-        }
-        let average = mean.iter().sum::<f32>() / mean.len() as f32;
-        let flatness = self.flatness as f32;
-        for mean in mean {
-            *mean += flatness * (average - *mean);
-        }
     }
 
     fn check(&self) -> Result<()> {

@@ -19,8 +19,6 @@ pub(super) struct Futures {
     pub(super) weights: Vec<Row>,
     /// The load of each expert, `[blocks of K, E]`.
     loads: Vec<Row>,
-    /// The same in whole numbers, `[K, E]`.
-    tokens: Vec<i64>,
 }
 
 impl Futures {
@@ -39,7 +37,6 @@ impl Futures {
         self.weights.resize(blocks, [0.0; LANES]);
         self.loads.clear();
         self.loads.resize(blocks * num_experts, [0.0; LANES]);
-        self.tokens.clear();
         let all: f64 = scenarios.clone().map(|(_, weight)| weight).sum();
         for (scenario, (row, weight)) in scenarios.enumerate() {
             let (block, lane) = (scenario / LANES, scenario % LANES);
@@ -53,7 +50,6 @@ impl Futures {
             for (expert, &load) in row.iter().enumerate() {
                 let load = f64::from(load) * scale;
                 self.loads[block * num_experts + expert][lane] = load as f32;
-                self.tokens.push((load * WHOLE) as i64);
             }
         }
     }
@@ -66,11 +62,6 @@ impl Futures {
     #[inline(always)]
     pub(super) fn load(&self, block: usize, expert: usize) -> &Row {
         &self.loads[block * self.num_experts + expert]
-    }
-
-    /// The loads of all experts in one scenario, whole numbers.
-    pub(super) fn tokens(&self, scenario: usize) -> &[i64] {
-        &self.tokens[scenario * self.num_experts..][..self.num_experts]
     }
 }
 
@@ -145,6 +136,21 @@ pub(super) fn total(row: &Row) -> f32 {
     sums[0]
 }
 
+/// The weighted sum of squares of what is above the mean.
+#[inline(always)]
+pub(super) fn squares(row: &Row, weights: &Row) -> f32 {
+    let mut squares = [0.0f32; LANES];
+    for lane in 0..LANES {
+        let over = if row[lane] > 1.0 {
+            row[lane] - 1.0
+        } else {
+            0.0
+        };
+        squares[lane] = weights[lane] * over * over;
+    }
+    total(&squares)
+}
+
 /// What an exchange does to the rows of a table: for each of the two experts it concerns, how much
 /// of the expert's load each row gains.
 #[derive(Debug)]
@@ -165,12 +171,6 @@ impl Change {
             marked: vec![false; capacity],
             rows: Vec::with_capacity(capacity),
         }
-    }
-
-    /// Whether a row gains or loses anything.
-    #[inline(always)]
-    pub(super) fn changes(&self, row: u32) -> bool {
-        self.marked[row as usize]
     }
 
     /// What a row gains of each expert's load.

@@ -5,11 +5,10 @@ use std::collections::BinaryHeap;
 
 use multiversion::multiversion;
 
-use super::cuts::Cuts;
 use super::even::Even;
 use super::layer::{Exchange, Layer};
 use super::rows::{Change, Futures};
-use crate::balance::{Fuel, Random};
+use crate::balance::Fuel;
 
 /// What a placement is worth in the scenarios; less is better.
 pub(super) trait Judge {
@@ -57,20 +56,11 @@ const PART_OF_ALL_MOVES: f32 = 0.05;
 /// Looking at so many exchanges costs about as much as trying one.
 const LOOKS_PER_STEP: u32 = 64;
 
-/// How many exchanges are made at random where none helps.
-const KICK: usize = 3;
-
-/// How many are drawn for that, at most: not all are allowed.
-const DRAWN: usize = 64;
-
 /// What a search may change.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Limits {
     /// How many experts may arrive on a rank that did not hold them.
     pub(super) max_moves: usize,
-    /// Whether each exchange has to help by itself; otherwise some are made at random, and what
-    /// follows is kept if it is better in all.
-    pub(super) each_helps: bool,
 }
 
 /// An exchange that was made: what the layer was worth afterwards, and in how many moves.
@@ -88,9 +78,7 @@ pub(super) struct Scratch {
     candidates: Vec<Exchange>,
     queue: BinaryHeap<(u32, Reverse<u32>)>,
     suspects: Vec<u32>,
-    /// What takes back the exchanges made since the best placement.
-    back: Vec<Exchange>,
-    /// What the layer was worth at first, and all exchanges made, as long as each had to help.
+    /// What the layer was worth at first, and all exchanges made.
     pub(super) first: f32,
     pub(super) path: Vec<Made>,
 }
@@ -110,21 +98,6 @@ pub(super) fn improve_even(
     improve(layer, futures, judge, limits, fuel, scratch);
 }
 
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
-    "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
-))]
-pub(super) fn improve_shared(
-    layer: &mut Layer,
-    futures: &Futures,
-    limits: Limits,
-    fuel: &mut Fuel,
-    scratch: &mut Scratch,
-) {
-    let judge = Cuts::new(layer, futures);
-    improve(layer, futures, judge, limits, fuel, scratch);
-}
-
 #[inline(always)]
 fn improve<J: Judge>(
     layer: &mut Layer,
@@ -136,7 +109,6 @@ fn improve<J: Judge>(
 ) {
     scratch.first = judge.value(futures);
     scratch.path.clear();
-    scratch.back.clear();
     let lost = scratch.first - judge.ideal();
     let mut search = Search {
         change: Change::with_capacity(judge.capacity()),
@@ -150,22 +122,6 @@ fn improve<J: Judge>(
         scratch,
     };
     search.descend(fuel);
-    if limits.each_helps {
-        return;
-    }
-    let mut random = Random::new();
-    let mut best = search.cost();
-    search.scratch.back.clear();
-    while fuel.step() && search.kick(&mut random) {
-        search.descend(fuel);
-        let cost = search.cost();
-        if cost < best - search.least_gain {
-            best = cost;
-            search.scratch.back.clear();
-        } else {
-            search.go_back();
-        }
-    }
 }
 
 struct Search<'a, J> {
@@ -182,12 +138,6 @@ struct Search<'a, J> {
 }
 
 impl<J: Judge> Search<'_, J> {
-    /// What the placement is worth, and its moves.
-    #[inline(always)]
-    fn cost(&self) -> f32 {
-        self.judge.value(self.futures) + self.gain_per_move * self.layer.num_moves() as f32
-    }
-
     /// Makes exchanges until none helps.
     #[inline(always)]
     fn descend(&mut self, fuel: &mut Fuel) {
@@ -277,11 +227,9 @@ impl<J: Judge> Search<'_, J> {
             self.looks = 0;
             fuel.step();
         }
-        let mut gain = most - self.bound_after(exchange);
-        if self.limits.each_helps {
-            // Moves are handed out over layers: what counts is what each gains.
-            gain /= self.layer.more_moves(exchange).max(1) as f32;
-        }
+        // Moves are handed out over layers: what counts is what each gains.
+        let gain = most - self.bound_after(exchange);
+        let gain = gain / self.layer.more_moves(exchange).max(1) as f32;
         (gain > 0.0).then_some(gain.to_bits())
     }
 
@@ -321,7 +269,6 @@ impl<J: Judge> Search<'_, J> {
             self.make(back);
             return;
         }
-        self.scratch.back.push(back);
         self.scratch.path.push(Made {
             exchange,
             num_moves: self.layer.num_moves(),
@@ -335,40 +282,5 @@ impl<J: Judge> Search<'_, J> {
         let back = self.layer.make(exchange);
         self.judge.made(self.layer, self.futures, experts);
         back
-    }
-
-    /// Makes some exchanges at random; false if none was allowed.
-    #[inline(always)]
-    fn kick(&mut self, random: &mut Random) -> bool {
-        let num_slots = self.layer.ranks().len();
-        let mut made = 0;
-        for _ in 0..DRAWN {
-            let a = random.below(num_slots) as u32;
-            let exchange = if random.below(2) == 0 {
-                let expert = random.below(self.layer.num_experts()) as u32;
-                Exchange::Replace { slot: a, expert }
-            } else {
-                let b = random.below(num_slots) as u32;
-                Exchange::Swap { a, b }
-            };
-            if self.most(0.0, exchange).is_some() {
-                let back = self.make(exchange);
-                self.scratch.back.push(back);
-                made += 1;
-                if made == KICK {
-                    break;
-                }
-            }
-        }
-        self.judge.settle(self.layer, self.futures, f32::INFINITY);
-        made > 0
-    }
-
-    /// Takes back all exchanges since the best placement.
-    #[inline(always)]
-    fn go_back(&mut self) {
-        while let Some(back) = self.scratch.back.pop() {
-            self.make(back);
-        }
     }
 }
