@@ -468,7 +468,7 @@ class Planner:
                 moves; ``inconsistent`` for a topology whose GPUs are not all alike.
 
         Cost: see ``benches/results/next_window.json``; with shares and ``max_moves``, for one load
-        of 58 layers on 288 slots, 5 to 20 ms: see ``benches/results/few_moves.json``.
+        of 58 layers on 288 slots, 10 to 30 ms: see ``benches/results/few_moves.json``.
         """
         array = as_scenarios(scenarios, "scenarios")
         counts = as_weights(weights, len(array))
