@@ -40,13 +40,21 @@ help: ## List the targets
 setup: tools $(STAMPS)/bench $(STAMPS)/docs $(STAMPS)/lint $(STAMPS)/test $(STAMPS)/installed ## Make .venv with all tools (torch included, 5 GB) and the package in it
 
 .PHONY: demo
-demo: tools $(STAMPS)/demo $(STAMPS)/installed ## Plan DeepSeek-R1's experts onto 32 GPUs, replay a trace; needs no torch
+demo: demo-plan demo-replay ## Plan DeepSeek-R1's experts, replay a trace, serve one while experts move
+
+.PHONY: demo-plan
+demo-plan: tools $(STAMPS)/demo $(STAMPS)/installed ## The parts of it that need no torch
 	@mkdir -p demo
 	@$(STEP) 'plan' $(BIN)/eplb plan examples/data/deepseek_r1_1k1k.json \
 		--gpus 32 --nodes 4 --groups 8 --replicas 288 \
 		--plot demo/deepseek-r1.html -o demo/plan.json
 	@$(STEP) 'what if' $(BIN)/eplb simulate examples/data/esft_v2lite_load_history_w256.json \
 		--merge 4 --gpus 8 --replicas 72 --html demo/what-if.html
+
+.PHONY: demo-replay
+demo-replay: tools $(STAMPS)/test $(STAMPS)/installed ## The part of it that runs on 8 processes (torch, 5 GB)
+	@mkdir -p demo
+	@$(STEP) 'replay' $(BIN)/python examples/replay_choices.py --windows 2 --plot demo/replay.svg
 
 
 ## What a change must pass
@@ -74,6 +82,20 @@ test-python: tools $(STAMPS)/test $(STAMPS)/installed ## Python tests, on the bu
 .PHONY: test-slow
 test-slow: tools $(STAMPS)/test $(STAMPS)/installed ## The long tests: a million random inputs
 	@$(STEP) 'slow python tests' $(BIN)/pytest -m slow -o faulthandler_timeout=3600
+
+# Beside .venv, whose torch it shares: the engines pin versions of their own.
+ENGINES := $(VENV)-engines
+$(ENGINES)/.made: tests/engines/requirements.txt $(STAMPS)/test
+	@$(STEP) 'environment of the engines' $(BIN)/python -m venv --clear $(ENGINES)
+	@$(STEP) 'engines, without their dependencies' $(ENGINES)/bin/python -m pip install --quiet \
+		--no-deps --requirement tests/engines/requirements.txt
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % \
+		sysconfig.get_path("purelib"))' > $$(echo $(ENGINES)/lib/python3*/site-packages)/shared.pth
+	@touch $@
+
+.PHONY: test-engines
+test-engines: tools $(STAMPS)/test $(STAMPS)/installed $(ENGINES)/.made ## The plug-ins in vLLM's and SGLang's own modules (Linux, 400 MB)
+	@$(STEP) 'tests in the engines' $(ENGINES)/bin/python -m pytest tests/engines -o addopts=--import-mode=importlib
 
 # The stub on its own: with the package around it, stubtest reads all of torch.
 STUBS := $(VENV)/stubs
@@ -112,9 +134,14 @@ bench: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time everythi
 	@$(STEP) 'shares' $(BIN)/python benches/shares.py
 	@$(STEP) 'real time' $(BIN)/python benches/realtime.py
 	@$(STEP) 'next window' $(BIN)/python benches/next_window.py
+	@$(STEP) 'few moves' $(BIN)/python benches/few_moves.py
 	@$(STEP) 'schedules' $(BIN)/python benches/schedules.py
 	@$(STEP) 'tables of the schedule page' $(BIN)/python benches/schedule_tables.py
 	@$(STEP) 'figures in README.md' $(BIN)/python benches/readme_figures.py
+
+.PHONY: bench-gpu
+bench-gpu: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time an expert-parallel layer and its moves; needs two GPUs
+	@$(STEP) 'experts on two GPUs' $(BIN)/python benches/moe_layer.py
 
 .PHONY: wheel
 wheel: tools dist/.built ## Build the release wheel in dist/

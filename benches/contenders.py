@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformer import Case, loss_of, make_batch, make_layers
 
-__all__ = ["CONTENDERS", "make_contender"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["CONTENDERS", "WARM_UP", "make_contender", "num_ranks"]
+
+WARM_UP = 4
+"""Steps before any is timed."""
 
 
 def _layer_numbers(case: Case, stage: int, num_stages: int) -> range:
@@ -188,11 +194,20 @@ def _stored_linear() -> type[nn.Linear]:
     return StoredLinear
 
 
-CONTENDERS: dict[str, tuple[type, str]] = {
+def unfused(case: Case, device: torch.device, method: str, **options: Any) -> Ours:
+    """This executor with weight gradients computed, and then added, as autograd does it."""
+    return Ours(case, device, method, fuse_accumulation=False, **options)
+
+
+CONTENDERS: dict[str, tuple[Callable[..., Any], str]] = {
     "DualPipe": (Ours, "dualpipe"),
     "DualPipeV": (Ours, "dualpipev"),
     "ZBV": (Ours, "zbv"),
     "1F1B": (Ours, "1f1b"),
+    "DualPipe, gradients added by autograd": (unfused, "dualpipe"),
+    "DualPipeV, gradients added by autograd": (unfused, "dualpipev"),
+    "one rank": (Ours, "1f1b"),
+    "one rank, gradients added by autograd": (unfused, "1f1b"),
     "DeepSeek DualPipe": (DeepSeek, "DualPipe"),
     "DeepSeek DualPipeV": (DeepSeek, "DualPipeV"),
     "torch 1F1B": (Torch, "Schedule1F1B"),
@@ -205,3 +220,8 @@ def make_contender(name: str, case: Case, device: torch.device, **options: Any) 
     """The contender of that name on this rank."""
     kind, argument = CONTENDERS[name]
     return kind(case, device, argument, **options)
+
+
+def num_ranks(name: str) -> int:
+    """How many GPUs a contender runs on: with one there is nobody to wait for."""
+    return 1 if name.startswith("one rank") else 2

@@ -8,7 +8,8 @@ mean squared error in float32, gradients accumulate, no optimizer.
 
 Every contender runs in a pair of processes of its own, one a GPU. The *ideal* is one rank's share
 of the work without a pipeline: its share of the layers, all micro-batches one after the other,
-forward and backward, and the loss of every second one. With short sequences there is a
+forward and backward, and the loss of every second one. (It computes the gradients of all inputs, which a
+pipeline's first stage does not: .6 % of DualPipe's work here.) With short sequences there is a
 *launch-free* ideal too: the layers' forward and backward replayed as a CUDA graph. A GPU that has
 just started is faster, so contender and ideal alternate after a warm-up, and the ratio is the
 median of the pairs. A time is that of the slower rank, from a common start to the end of its
@@ -38,7 +39,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from contenders import CONTENDERS, make_contender
+from contenders import CONTENDERS, WARM_UP, make_contender, num_ranks
+from copied import reduction
+from memory import terms_of
+from prediction import predict
 from transformer import Case, loss_of, make_batch, make_layers
 
 if TYPE_CHECKING:
@@ -47,7 +51,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 CASES = (Case(2048, 8), Case(256, 32))
 TINY = (Case(64, 8, hidden=64, ffn=96, heads=4), Case(16, 12, hidden=64, ffn=96, heads=4))
-WARM_UP = 4
 LAUNCH_BOUND = 512
 """Sequences up to this length are compared with the launch-free ideal too."""
 LIMIT_S = 90
@@ -66,6 +69,8 @@ class Rank:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
+        else:
+            torch.set_num_threads(1)
         store = f"file://{folder}/store"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
 
@@ -204,28 +209,8 @@ def own_figures(rank: Rank, contender: Any, case: Case) -> dict[str, Any]:
         idle.append((1 - report.busy_us / 1e3 / whole).tolist())
         spans.append(whole - report.makespan_us / 1e3)
     executor.measure = False
-    peaks = contender.schedule.verify().peaks
-    stage = next(iter(executor.stages.values())).module
-    parameters = sum(p.nbytes for s in executor.stages.values() for p in s.module.parameters())
-    sample = torch.randn(
-        1, case.sequence, case.hidden, dtype=case.dtype, device=rank.device, requires_grad=True
-    )
-    activation = 0
-    if rank.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        held = stage(sample)
-        activation = torch.cuda.memory_allocated() - before
-        del held
-    own = {
-        "parameters": parameters / GIB,
-        "gradients": parameters / GIB,
-        "activations of a micro-batch on a stage": activation / GIB,
-        "held at most": int(peaks.activations[rank.rank]),
-        "of these between I and W": int(peaks.kept[rank.rank]),
-        "inputs and targets": contender.num_bytes / GIB,
-        "transfer buffers": getattr(executor.transport, "num_bytes", 0) / GIB,
-        "graphs": executor.graphs.num_bytes / GIB,
-    }
+    on_gpu = rank.device.type == "cuda"
+    own = terms_of(contender, rank.rank, case, rank.device) if on_gpu else {}
     return {
         "idle": [round(statistics.median(values), 5) for values in zip(*idle, strict=True)],
         "outside computations ms": round(statistics.median(spans), 3),
@@ -234,85 +219,6 @@ def own_figures(rank: Rank, contender: Any, case: Case) -> dict[str, Any]:
         "notes": list(report.notes),
         "transport": executor.transport.name,
     }
-
-
-def reduction(rank: Rank, case: Case, rounds: int) -> dict[str, Any]:
-    """What the sum of the two copies' gradients takes, and how much of it is hidden."""
-    contender = make_contender("DualPipe", case, rank.device)
-    other = make_contender("DualPipe", case, rank.device, reduce_copies=True)
-    for made in (contender, other):
-        for _ in range(WARM_UP):
-            cleared(made)()
-    grads = [p.grad for s in other.executor.stages.values() for p in s.module.parameters()]
-
-    def alone() -> None:
-        for grad in grads:
-            dist.all_reduce(grad)
-
-    alone()
-    plain, reduced, sums = [], [], []
-    for _ in range(rounds):
-        plain.append(rank.timed(cleared(contender)))
-        reduced.append(rank.timed(cleared(other)))
-        sums.append(rank.timed(alone))
-    added = statistics.median(b - a for a, b in zip(plain, reduced, strict=True))
-    whole = statistics.median(sums)
-    for made in (contender, other):
-        made.close()
-    return {
-        "alone ms": round(whole, 3),
-        "added to the step ms": round(added, 3),
-        "hidden": round(1 - max(added, 0) / whole, 3),
-    }
-
-
-def cleared(contender: Any) -> Callable[[], None]:
-    """A step from zero gradients, as optimizer steps have it."""
-
-    def step() -> None:
-        for stage in contender.executor.stages.values():
-            stage.module.zero_grad()
-        contender.step()
-
-    return step
-
-
-def predict(rank: Rank, case: Case, rounds: int) -> dict[str, Any]:
-    """Measured under DualPipeV alone, predicted for it and others, and compared."""
-    from prediction import spread
-
-    made = {
-        name: make_contender(name, case, rank.device, measure=True)
-        for name in ("DualPipeV", "DualPipe", "1F1B", "ZBV")
-    }
-    for contender in made.values():
-        for _ in range(WARM_UP):
-            contender.step()
-    measured: dict[str, list[float]] = {name: [] for name in made}
-    costs = []
-    for _ in range(rounds):
-        made["DualPipeV"].step()
-        costs.append(made["DualPipeV"].executor.report().costs)
-        for name, contender in made.items():
-            contender.step()
-            measured[name].append(contender.executor.report().makespan_us / 1e3)
-    found = {}
-    for name, contender in made.items():
-        given = spread(costs, contender.schedule.num_stages)
-        timeline = contender.schedule.simulate(given, pairs="early_forward")
-        middle = statistics.median(measured[name])
-        found[name] = {
-            "measured ms": round(middle, 3),
-            "predicted ms": round(timeline.makespan / 1e3, 3),
-            "predicted / measured": round(timeline.makespan / 1e3 / middle, 4),
-        }
-    report = made["DualPipeV"].executor.report()
-    if rank.rank == 0 and (out := os.environ.get("TRACE")):
-        report.to_perfetto(out)
-    found["report"] = str(report)
-    for contender in made.values():
-        contender.close()
-    return found
 
 
 def reference(case: Case, device: torch.device) -> dict[str, float]:
@@ -332,7 +238,7 @@ def worker(args: argparse.Namespace) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         found = {case.name: reference(case, device) for case in cases}
     else:
-        rank = Rank(args.rank, 2, folder)
+        rank = Rank(args.rank, num_ranks(args.worker), folder)
         works = {"reduction": reduction, "predict": predict}
         work = works.get(args.worker)
         found = {}
@@ -353,7 +259,7 @@ def worker(args: argparse.Namespace) -> None:
 def launched(name: str, args: argparse.Namespace) -> Any:
     """The figures of one worker pair; why there are none, as text, where it failed."""
     with tempfile.TemporaryDirectory() as folder:
-        count = 1 if name == "reference" else 2
+        count = 1 if name == "reference" else num_ranks(name)
         command = [sys.executable, __file__, "--worker", name, "--folder", folder]
         command += ["--rounds", str(args.rounds), *(["--tiny"] if args.tiny else [])]
         environment = dict(os.environ)

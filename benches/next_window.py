@@ -11,7 +11,6 @@ All placements are checked: every expert has a slot, and no layer moves more tha
   DeepSeek's placements on the last window beside them; `short`: the same in 10 ms a step.
 - `orders`: the domains in two other orders. `deepseek_r1`: planned on 1k in 1k out, scored on 1k8k.
 - `fixed`: one placement for the even windows, scored on the odd ones; and splits fixed from the past.
-- `movement`: a jittered log-normal load, moves where they gain most.
 
 Times are of the process, on one thread.
 """
@@ -255,40 +254,7 @@ def of_fixed() -> dict[str, Any]:
     return results
 
 
-def of_movement() -> dict[str, Any]:
-    before = measuring.log_normal(1.0)
-    noise = np.random.default_rng(1).lognormal(0, 0.1, before.shape)
-    after = (before * noise).astype(np.float32)
-    machines = topology(288, 32)
-    ordinary = eplb_rs.Planner(machines, policy="balanced")
-    results: dict[str, Any] = {}
-    start = time.process_time()
-    linked = ordinary.plan_linked(before, slack=0.0016)
-    linking = time.process_time() - start
-    for name, plan in (("linked", linked), ("ordinary", ordinary.plan(before))):
-        results[name] = {"uniform, load planned for": round(plan.balance, 5)}
-        for iterations in (100, 1000, 4000):
-            planner = eplb_rs.Planner(machines, policy="balanced", iterations=iterations)
-            for moves in (0, 60, 150):
-                start = time.process_time()
-                new = planner.plan_scenarios(
-                    after[None], previous=plan, max_moves=moves, split="shares"
-                )
-                seconds = time.process_time() - start
-                made = int(arrivals(new, plan).sum())
-                assert made <= moves, "more moves than allowed"
-                results[name][f"{moves} moves, {iterations} iterations"] = {
-                    "shares": round(balance(new, after, "shares"), 5),
-                    "moves": made,
-                    "ms": round(seconds * 1e3, 1),
-                }
-        print(f"movement, {name}: {json.dumps(results[name])}", flush=True)
-    results["linking_ms"] = round(linking * 1e3, 1)
-    return results
-
-
 PARTS = {
-    "movement": of_movement,
     "short": of_short,
     "fixed": of_fixed,
     "trace": of_trace,

@@ -148,11 +148,34 @@ class OneProcess:
         return torch.stack(losses)
 
 
-def compare(ours: torch.Tensor, theirs: torch.Tensor, step: int) -> None:
-    """Ends the program if the two curves differ: on a CPU in any bit, on a GPU visibly."""
-    same = torch.equal(ours, theirs) if ours.is_cpu else torch.allclose(ours, theirs, rtol=1e-2)
-    if not same:
-        raise SystemExit(f"step {step}: {ours.tolist()}, but one process has {theirs.tolist()}")
+class Curve:
+    """The losses of a pipeline, each of them compared with a run in one process.
+
+    Args:
+        num_stages: How many stages the pipeline has.
+        directions: As for :class:`OneProcess`.
+    """
+
+    def __init__(self, num_stages: int, directions: int, device: torch.device) -> None:
+        self.alone = OneProcess(num_stages, directions, device)
+        self.means: list[float] = []
+
+    def add(self, losses: torch.Tensor, batch: torch.Tensor) -> None:
+        """Ends the program if they differ: on a CPU in any bit, on a GPU visibly."""
+        ours, theirs = losses.flatten(), self.alone.step(batch, losses.numel())
+        same = torch.equal(ours, theirs) if ours.is_cpu else torch.allclose(ours, theirs, rtol=1e-2)
+        step = len(self.means)
+        if not same:
+            raise SystemExit(f"step {step}: {ours.tolist()}, but one process has {theirs.tolist()}")
+        self.means.append(ours.mean().item())
+        if step % 10 == 0:
+            print(f"step {step:4d}   loss {self.means[-1]:.4f}", flush=True)
+
+    def end(self, text: torch.Tensor) -> list[float]:
+        """The mean loss of every step; says how the last compares with no context."""
+        print(f"in the end, as in one process:   loss {self.means[-1]:.4f}")
+        print(f"by the frequency of characters alone: {entropy_of(text):.4f}")
+        return self.means
 
 
 def launch(train: Callable[[int, torch.device], object]) -> None:

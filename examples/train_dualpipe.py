@@ -14,10 +14,8 @@ from characters import (
     CONTEXT,
     MICRO_BATCH,
     WIDTH,
-    OneProcess,
-    compare,
+    Curve,
     draw,
-    entropy_of,
     launch,
     loss_of,
     make_stages,
@@ -42,8 +40,7 @@ def train(num_steps: int, device: torch.device) -> list[float]:
     set_p2p_tensor_shapes([(MICRO_BATCH, CONTEXT, WIDTH)])
     set_p2p_tensor_dtype(torch.float32)
 
-    alone = OneProcess(num_ranks, 2, device) if first else None
-    curve = []
+    curve = Curve(num_ranks, 2, device) if first else None
     for step in range(num_steps):
         batch = draw(text, step, num_micro_batches * MICRO_BATCH, device)
         half, other = batch.chunk(2)
@@ -62,15 +59,10 @@ def train(num_steps: int, device: torch.device) -> list[float]:
         if losses is not None:
             known[int(first)] = losses
         dist.all_reduce(known)
-        if alone is not None:
-            compare(known.flatten(), alone.step(batch, num_micro_batches), step)
-            curve.append(known.mean().item())
-            if step % 10 == 0 or step == num_steps - 1:
-                print(f"step {step:4d}   loss {curve[-1]:.4f}", flush=True)
+        if curve is not None:
+            curve.add(known, batch)
     model.executor.close()
-    if first:
-        print(f"the same losses as in one process; by frequency alone: {entropy_of(text):.4f}")
-    return curve
+    return curve.end(text) if curve is not None else []
 
 
 if __name__ == "__main__":

@@ -13,10 +13,8 @@ from characters import (
     CONTEXT,
     MICRO_BATCH,
     WIDTH,
-    OneProcess,
-    compare,
+    Curve,
     draw,
-    entropy_of,
     launch,
     loss_of,
     make_stages,
@@ -41,8 +39,7 @@ def train(num_steps: int, device: torch.device) -> list[float]:
     set_p2p_tensor_shapes([(MICRO_BATCH, CONTEXT, WIDTH)])
     set_p2p_tensor_dtype(torch.float32)
 
-    alone = OneProcess(2 * num_ranks, 1, device) if first else None
-    curve = []
+    curve = Curve(2 * num_ranks, 1, device) if first else None
     for step in range(num_steps):
         batch = draw(text, step, num_micro_batches * MICRO_BATCH, device)
         losses, _ = model.step(
@@ -53,15 +50,10 @@ def train(num_steps: int, device: torch.device) -> list[float]:
         )
         optimizer.step()
         optimizer.zero_grad()
-        if alone is not None and losses is not None:
-            compare(losses, alone.step(batch, num_micro_batches), step)
-            curve.append(losses.mean().item())
-            if step % 10 == 0 or step == num_steps - 1:
-                print(f"step {step:4d}   loss {curve[-1]:.4f}", flush=True)
+        if curve is not None and losses is not None:
+            curve.add(losses, batch)
     model.executor.close()
-    if first:
-        print(f"the same losses as in one process; by frequency alone: {entropy_of(text):.4f}")
-    return curve
+    return curve.end(text) if curve is not None else []
 
 
 if __name__ == "__main__":

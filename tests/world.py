@@ -17,6 +17,10 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def run(function, num_ranks: int, *args, limit_s: float = 240.0) -> list:
@@ -42,7 +46,9 @@ def run_each(function, sizes: list[int], *args, limit_s: float = 240.0) -> dict[
     return dict(zip(sizes, found, strict=True))
 
 
-def run_lossy(function, num_ranks: int, trials: list[tuple], *, limit_s: float = 30.0) -> list:
+def run_lossy(
+    function, num_ranks: int, trials: list[tuple], *, limit_s: float = 30.0, at_once: int = 1
+) -> list:
     """As :func:`run` for the arguments of each trial, in worlds whose ranks may die or stop.
 
     Such a rank gives None, and is ended when all others are done. The store of the default group
@@ -50,15 +56,19 @@ def run_lossy(function, num_ranks: int, trials: list[tuple], *, limit_s: float =
 
     Args:
         limit_s: For each trial.
+        at_once: How many worlds there are at a time: those that wait take no time of others.
     """
-    return _run(function, [(num_ranks, args) for args in trials], limit_s, lossy=True)
+    worlds = [(num_ranks, args) for args in trials]
+    return _run(function, worlds, limit_s, lossy=True, at_once=at_once)
 
 
-def _run(function, worlds: list[tuple[int, tuple]], limit_s: float, *, lossy: bool) -> list:
+def _run(
+    function, worlds: list[tuple[int, tuple]], limit_s: float, *, lossy: bool, at_once: int = 1
+) -> list:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         code = function.__code__.co_filename, function.__qualname__
-        (folder / "job").write_bytes(pickle.dumps((*code, worlds, limit_s, lossy)))
+        (folder / "job").write_bytes(pickle.dumps((*code, worlds, limit_s, lossy, at_once)))
         command = [sys.executable, "-W", "error", __file__, name]
         outcome = subprocess.run(command, capture_output=True, text=True, check=False)
         found, faults = [], []
@@ -77,7 +87,7 @@ def _run(function, worlds: list[tuple[int, tuple]], limit_s: float, *, lossy: bo
 
 
 def _launch(folder: Path) -> None:
-    path, name, worlds, limit_s, lossy = pickle.loads((folder / "job").read_bytes())
+    path, name, worlds, limit_s, lossy, at_once = pickle.loads((folder / "job").read_bytes())
     sys.path[:0] = [str(Path(__file__).parent), str(Path(path).parent)]
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
@@ -90,11 +100,19 @@ def _launch(folder: Path) -> None:
     function = getattr(module, name)
     end = time.monotonic() + limit_s
     host = _host(folder) if lossy else None
-    for number, (size, args) in enumerate(worlds):
-        if lossy:
-            end = time.monotonic() + limit_s
-        if not _world(folder, function, number, size, args, end, lossy=lossy):
-            break
+    waiting, running, good = list(enumerate(worlds)), [], True
+    while running or (waiting and good):
+        if waiting and good and len(running) < at_once:
+            number, (size, args) = waiting.pop(0)
+            if lossy:
+                end = time.monotonic() + limit_s
+            running.append(_world(folder, function, number, size, args, end, lossy=lossy))
+        for one in running.copy():
+            outcome = next(one)
+            if outcome is not None:
+                good &= outcome
+                running.remove(one)
+        time.sleep(0.005)
     if host is not None:
         os.kill(host, signal.SIGKILL)
 
@@ -119,8 +137,10 @@ def _host(folder: Path) -> int:
 
 def _world(
     folder: Path, function, number: int, size: int, args: tuple, end: float, *, lossy: bool
-) -> bool:
-    """Whether all ranks were done in time. When one fails, the others get 5 s more."""
+) -> Iterator[bool | None]:
+    """Starts a world and looks after it: None while it runs, then whether all ranks were done in
+    time. When one fails, the others get 5 s more.
+    """
     ranks = {}
     for rank in range(size):
         pid = os.fork()
@@ -131,8 +151,11 @@ def _world(
     # A rank that is stopped from outside, and goes on, is like any other.
     noticed = os.WUNTRACED | os.WCONTINUED if lossy else 0
     stopped: set[int] = set()
-    while ranks.keys() - stopped and time.monotonic() < end:
-        time.sleep(0.005)
+    moving = time.monotonic()
+    while ranks and time.monotonic() < min(end, moving + 0.5):
+        yield None
+        if ranks.keys() - stopped:
+            moving = time.monotonic()
         for pid, rank in list(ranks.items()):
             changed, status = os.waitpid(pid, os.WNOHANG | noticed)
             if not changed:
@@ -153,7 +176,7 @@ def _world(
     for pid in ranks:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    return good and not late
+    yield good and not late
 
 
 def _rank(

@@ -320,7 +320,9 @@ def plan_scenarios(
     max_moves: int | None,
     max_moves_per_layer: int | None,
 ) -> Placement: ...
-def plan_linked(planner: Planner, load: npt.NDArray[np.float32], slack: float) -> Placement: ...
+def plan_linked(
+    planner: Planner, load: npt.NDArray[np.float32], slack: float, spread: float
+) -> Placement: ...
 def outlook_scenarios(
     windows: npt.NDArray[np.float32],
     shift: float,

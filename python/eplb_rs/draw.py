@@ -24,11 +24,23 @@ from eplb_rs.report import Report, quantity
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DARK", "LIGHT", "Palette", "check_matplotlib", "check_path", "figure", "page", "save"]
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Palette",
+    "calm",
+    "check_matplotlib",
+    "check_path",
+    "figure",
+    "heat_map",
+    "page",
+    "save",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +185,14 @@ def figure(report: Report, palette: Palette = LIGHT) -> Figure:
     shades = float(np.clip(largest, 1.2, _MOST_SHADED))
     image: Any = None
     for axis, load, title in zip(axes, loads, titles, strict=False):
-        image = _heat_map(axis, load, report, palette, shades)
+        image = heat_map(
+            axis,
+            load,
+            palette,
+            largest=shades,
+            layer_ids=plan.layer_ids,
+            gpus_per_node=plan.topology.gpus_per_node,
+        )
         axis.set_title(title, color=palette.text, fontsize=11, loc="left", pad=8)
     axes[0].set_ylabel("layer", color=palette.quiet, fontsize=9)
     for axis in axes[1:]:
@@ -279,9 +298,28 @@ _MOST_SHADED = 3.0
 """Where the scale of colours ends, in means: beyond it, all is equally bad."""
 
 
-def _heat_map(
-    axis: Axes, load: npt.NDArray[np.float64], report: Report, palette: Palette, largest: float
+def heat_map(
+    axis: Axes,
+    load: npt.NDArray[np.float64],
+    palette: Palette = LIGHT,
+    *,
+    largest: float,
+    layer_ids: Sequence[int],
+    gpus_per_node: int,
 ) -> Any:
+    """Draws the loads of ranks as colours, with a line between nodes.
+
+    Args:
+        axis: Where to.
+        load: `[L, D]`, over the mean of their layer.
+        palette: The colours.
+        largest: Where the scale of colours ends; above 1.
+        layer_ids: The number of each layer, `[L]`.
+        gpus_per_node: How many ranks a node has.
+
+    Returns:
+        Matplotlib's image, for a scale of colours.
+    """
     from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
     colours = LinearSegmentedColormap.from_list(
@@ -301,14 +339,14 @@ def _heat_map(
         cmap=colours,
         norm=TwoSlopeNorm(1.0, 0.0, largest),
     )
-    topology = report.plan.topology
-    if 1 < topology.num_nodes <= num_ranks // 2 and topology.num_nodes <= 40:
-        for node in range(1, topology.num_nodes):
-            edge = node * topology.gpus_per_node - 0.5
+    num_nodes = num_ranks // gpus_per_node
+    if 1 < num_nodes <= num_ranks // 2 and num_nodes <= 40:
+        for node in range(1, num_nodes):
+            edge = node * gpus_per_node - 0.5
             axis.axvline(edge, color=palette.background, linewidth=min(1.2, 40 / num_ranks))
-    axis.set_xticks(_spread(num_ranks, 12, topology.gpus_per_node))
+    axis.set_xticks(_spread(num_ranks, 12, gpus_per_node))
     rows = _spread(num_layers, 24)
-    axis.set_yticks(rows, [str(report.plan.layer_ids[row]) for row in rows])
+    axis.set_yticks(rows, [str(layer_ids[row]) for row in rows])
     axis.set_xlabel("rank", color=palette.quiet, fontsize=9)
     calm(axis, palette)
     return image
@@ -353,6 +391,7 @@ def _imbalance(axis: Axes, report: Report, palette: Palette) -> None:
 
 
 def calm(axis: Axes, palette: Palette) -> None:
+    """Takes the frame and the ticks off."""
     axis.tick_params(colors=palette.quiet, labelsize=8, length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)

@@ -196,13 +196,7 @@ class Plan:
     def rank_time(self) -> npt.NDArray[np.float64]:
         """`[L, D]` float64, how long each rank takes: its load over its speed, where the mean speed
         of the ranks that are not dead counts as 1. The rank load, if all are equally fast."""
-        topology = self.topology
-        if topology.is_even:
-            return self.rank_load
-        speeds = np.array(topology.speeds)
-        live = np.ones(len(speeds), dtype=bool)
-        live[topology.dead] = False
-        return _read_only(self.rank_load * (speeds[live].mean() / speeds))
+        return _read_only(rank_times(self.topology, self.rank_load))
 
     @property
     def balance(self) -> float:
@@ -482,6 +476,19 @@ def _rebuild(
         topology, num_experts, phy2log.ravel(), log2phy.ravel(), logcnt.ravel()
     )
     return cls._made(placement, expert_load, num_groups, policy, layer_ids, group_rule)
+
+
+def rank_times(
+    topology: _core.Topology, rank_load: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """How long ranks take for loads `[L, D]`: see :attr:`Plan.rank_time`."""
+    if topology.is_even:
+        return rank_load
+    speeds = np.array(topology.speeds)
+    live = np.ones(len(speeds), dtype=bool)
+    live[topology.dead] = False
+    times: npt.NDArray[np.float64] = rank_load * (speeds[live].mean() / speeds)
+    return times
 
 
 def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from eplb_rs import _core
 from eplb_rs._inputs import _converted, as_count, as_load, is_tensor
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.plan import Plan
+from eplb_rs.plan import Plan, rank_times
 
 if TYPE_CHECKING:
     from eplb_rs._inputs import Load, LoadLike
@@ -43,7 +43,8 @@ class Splitter:
     """Splits loads over the replicas of one plan, prepared once.
 
     An expert that is on a rank several times counts there once, and its slots there get equal
-    parts. All ranks are taken to be equally fast.
+    parts. Where ranks differ in speed, what is least is the longest rank time, as
+    :attr:`Plan.rank_time <eplb_rs.Plan.rank_time>` has it. Slots of dead ranks get nothing.
 
     Of the splits with the least largest rank load the answer is the one that a fixed rule finds
     (see the page on shares): the same input gives the same bytes on every machine. An expert
@@ -119,7 +120,8 @@ class Splitter:
         Args:
             load: `[L, E]`.
             by_slot: `[L, R]` float64, C-contiguous: gets the share of each slot.
-            level: `[L]` float64: gets the largest rank load, in the unit of the load.
+            level: `[L]` float64: gets the largest rank load, or the longest rank time where ranks
+                differ in speed, in the unit of the load.
 
         Raises:
             InvalidInputError: As :meth:`split`; ``wrong_type``, ``wrong_dtype``, ``wrong_shape``,
@@ -143,7 +145,8 @@ class Splitter:
             out: `[R]` float64, C-contiguous: gets the shares; a new array if left out.
 
         Returns:
-            The share of each slot, `[R]`, and the largest rank load, in the unit of the load.
+            The share of each slot, `[R]`, and the largest rank load, or the longest rank time, in
+            the unit of the load.
 
         Raises:
             InvalidInputError: As :meth:`split`; ``out_of_range``, ``not_integer`` or
@@ -176,7 +179,8 @@ class Splitter:
 
         Returns:
             The tokens of each slot, `[R]`, those of an expert adding up to exactly its tokens, and
-            the largest number of tokens on a rank. No split into whole tokens has a smaller one.
+            the largest number of tokens on a rank. No split into whole tokens has a smaller one;
+            or, where ranks differ in speed, a shorter longest rank time.
 
         Raises:
             InvalidInputError: ``wrong_dtype``, ``wrong_shape``, ``negative`` or ``too_large`` for
@@ -246,16 +250,22 @@ class Shares:
         return self._rank_load
 
     @property
+    def rank_time(self) -> npt.NDArray[np.float64]:
+        """`[L, D]` float64, how long each rank takes: its load over its speed, where the mean speed
+        of the ranks that are not dead counts as 1."""
+        return rank_times(self.plan.topology, self._rank_load)
+
+    @property
     def lower_bound(self) -> npt.NDArray[np.float64]:
-        """`[L]` float64, the largest rank load of the best split of this load: no split of this
-        placement is below it."""
+        """`[L]` float64, the largest rank load, or the longest rank time, of the best split of this
+        load: no split of this placement is below it."""
         return self._best._level  # type: ignore[return-value]
 
     @property
     def tight(self) -> npt.NDArray[np.bool_]:
         """`[L, D]` bool, the proof of :attr:`lower_bound`: ranks that hold some experts alone,
-        whose loads, divided by the number of these ranks, are the bound. To do better, one of
-        these experts needs a replica elsewhere."""
+        whose loads, divided by the number of these ranks (or the sum of their speeds), are the
+        bound. To do better, one of these experts needs a replica elsewhere."""
         return self._best._tight  # type: ignore[return-value]
 
     @cached_property
@@ -264,9 +274,12 @@ class Shares:
 
     @property
     def balance(self) -> float:
-        """Sum over layers of the mean rank load / sum over layers of the largest; 1 is perfect."""
-        largest = float(self._rank_load.max(axis=1).sum())
-        mean = float(self._rank_load.mean(axis=1).sum())
+        """Sum over layers of the mean rank load / sum over layers of the largest; 1 is perfect.
+        Where ranks differ in speed, their times count for their loads; dead ranks count for
+        nothing."""
+        topology = self.plan.topology
+        largest = float(self.rank_time.max(axis=1).sum())
+        mean = float(self._rank_load.sum()) / (topology.num_gpus - len(topology.dead))
         return min(mean / largest, 1.0) if largest > 0 else 1.0
 
     @property

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from eplb_rs._inputs import as_count, as_load, as_topology
+from eplb_rs._inputs import as_count, as_load
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.forecast import SHIFT_THRESHOLD, Forecaster
 from eplb_rs.loads import LoadTrace
@@ -238,7 +238,6 @@ def simulate(
     Raises:
         InvalidInputError: ``too_small`` for a trace of fewer than two windows; ``unknown`` or
             ``empty`` for policies and shares; ``out_of_range`` or ``inconsistent`` for the links;
-            ``inconsistent`` for shares other than uniform where ranks differ in speed;
             ``wrong_type``, ``wrong_shape`` and what
             :meth:`eplb_rs.Planner.plan` says of a load, for the trace; for the others as
             :class:`eplb_rs.Planner` and :class:`eplb_rs.forecast.Forecaster`.
@@ -250,7 +249,6 @@ def simulate(
     planned = _names(policies, "policies", get_args(SimulatedPolicy))
     splits = _names(shares, "shares", get_args(SplitName))
     interval = as_count(interval, "interval")
-    _check_even(topology, splits)
     _check_links(links)
     forecaster = Forecaster(
         num_layers=windows.shape[0],
@@ -422,7 +420,7 @@ class _Track:
             elif name == "past" and self.policy != "oracle":
                 if self._fixed is None:
                     self._fixed = plan.with_shares()
-                largest = self._fixed.applied_to(window).rank_load.max(axis=1)
+                largest = self._fixed.applied_to(window).rank_time.max(axis=1)
             else:
                 by_slot = np.empty((plan.num_layers, plan.topology.num_slots))
                 largest = np.empty(plan.num_layers)
@@ -550,18 +548,6 @@ def _names(given: Sequence[str], argument: str, known: tuple[str, ...]) -> list[
             code="empty", argument=argument, got="none", expected="at least one"
         )
     return names
-
-
-def _check_even(topology: object, shares: list[str]) -> None:
-    """Splits know nothing of speeds."""
-    speeds = as_topology(topology).speeds
-    if shares != ["uniform"] and max(speeds) != min(speeds):
-        raise InvalidInputError(
-            code="inconsistent",
-            argument="shares",
-            got=", ".join(shares),
-            expected="uniform alone, where ranks differ in speed",
-        )
 
 
 def _check_links(links: Links | None) -> None:

@@ -12,7 +12,7 @@ def codes_in_python() -> set[str]:
     """The constants that are passed as `code=`, or first, to what makes an exception."""
     calls = [
         call
-        for path in (ROOT / "python" / "eplb_rs").glob("*.py")
+        for path in (ROOT / "python" / "eplb_rs").rglob("*.py")
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call)
     ]

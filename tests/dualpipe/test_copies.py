@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 import world
 from dualpipe import Kind, MismatchError, PipelineError, Schedule
+from dualpipe.executor import products, reduction
+from dualpipe.executor.transport.base import PairSum
+from dualpipe.executor.transport.gloo import GlooTransport
 from pipelines import Part, perceptrons, sequential
 from torch import nn
 
@@ -24,13 +28,79 @@ def rows_of(count: int, seed: int) -> list:
     return rows
 
 
-def accumulation(rank: int, size: int) -> dict[str, float]:
+class Paired(GlooTransport):
+    """Sums pairs of ranks' tensors by itself, as the transports of GPUs do."""
+
+    def pair_sums(self, peers):
+        group = dist.new_group(range(self.group.size()))
+        return {peer: Pair(peer, group) for peer in peers}
+
+
+class Pair(PairSum):
+    sizes: ClassVar[list[int]] = []
+    """Of all tensors that were given, 0 where a stage's last backward has ended."""
+
+    def __init__(self, peer: int, group) -> None:
+        self.peer, self.group = peer, group
+        self.under_way: list = []
+
+    def add(self, tensor: torch.Tensor) -> None:
+        assert tensor.is_contiguous()
+        self.sizes.append(tensor.numel())
+        own, theirs = tensor.clone(), torch.empty_like(tensor)
+        works = [self.group.send([own], self.peer, 0), self.group.recv([theirs], self.peer, 0)]
+        self.under_way.append((works, tensor, theirs, own))
+
+    def wait(self) -> None:
+        for works, tensor, theirs, _ in self.under_way:
+            for work in works:
+                work.wait()
+            tensor.add_(theirs)
+        self.under_way = []
+
+
+def by_group() -> dict[str, Any]:
+    return {}
+
+
+def by_pairs() -> dict[str, Any]:
+    return {
+        "transport": Paired(dist.group.WORLD, torch.device("cpu"), 60.0),
+        "fuse_accumulation": True,
+        "reduce_copies": "pairs",
+    }
+
+
+def weight_by_weight(rank: int, size: int) -> list[int]:
+    """What is summed, in which order: weights before their stage's last backward has ended."""
+    schedule = Schedule.generate("dualpipe", size, 2 * size)
+    torch.manual_seed(9)
+    own, expected = (
+        [nn.Sequential(*[nn.Linear(WIDTH, WIDTH) for _ in range(3)]) for _ in range(size)]
+        for _ in range(2)
+    )
+    for module, like in zip(own, expected, strict=True):
+        module.load_state_dict(like.state_dict())
+    rows = rows_of(schedule.num_micro_batches, 8)
+    losses, _ = sequential(expected, rows)
+    part = Part(rank, own, schedule, **by_pairs())
+    copies = part.executor._copies
+    start = copies.start
+    copies.start = lambda stage: (Pair.sizes.append(0), start(stage))
+    Pair.sizes.clear()
+    assert part.check(part.step(rows), losses, expected) < 1e-13
+    same_on_both(part, rank, size)
+    part.executor.close()
+    return list(Pair.sizes)
+
+
+def accumulation(rank: int, size: int, options) -> dict[str, float]:
     """Over three steps gradients are reduced once, at the last, as those of one long step."""
     found = {}
     for method in ("dualpipe", "chimera"):
         schedule = Schedule.generate(method, size, 2 * size)
         expected = perceptrons(size)
-        part = Part(rank, perceptrons(size), schedule)
+        part = Part(rank, perceptrons(size), schedule, **options())
         reductions = count_reductions(part.executor._copies)
         for turn in range(2):
             for step in range(STEPS):
@@ -112,7 +182,7 @@ class Half(nn.Module):
         return torch.tanh(y + self.large.sum(0) if self.used else y)
 
 
-def tied(rank: int, size: int) -> float:
+def tied(rank: int, size: int, options) -> float:
     def made() -> list[nn.Module]:
         torch.manual_seed(3)
         shared = [nn.Parameter(torch.randn(WIDTH, WIDTH)) for _ in range(size // 2)]
@@ -124,7 +194,7 @@ def tied(rank: int, size: int) -> float:
     rows = rows_of(schedule.num_micro_batches, 1)
     expected = made()
     losses, _ = sequential(expected, rows)
-    part = Part(rank, made(), schedule)
+    part = Part(rank, made(), schedule, **options())
     worst = part.check(part.step(rows), losses, expected)
     part.executor.close()
     return worst
@@ -184,25 +254,40 @@ def without_instructions(rank: int, size: int) -> float:
 
 
 def everything(rank: int, size: int) -> dict:
-    return {
-        "accumulation": accumulation(rank, size),
+    found = {
+        "accumulation": accumulation(rank, size, by_group),
         "twice": summed_twice(rank, size),
-        "tied": tied(rank, size),
+        "tied": tied(rank, size, by_group),
         "unequal": unequal(rank, size),
         "hidden": hidden(rank, size),
         "odd": without_instructions(rank, size),
     }
+    # Small stages, as if they were large.
+    reduction._SMALL_BYTES = 4 * WIDTH
+    products._MIN_BYTES = 0
+    found["accumulation by pairs"] = accumulation(rank, size, by_pairs)
+    found["tied by pairs"] = tied(rank, size, by_pairs)
+    found["order"] = weight_by_weight(rank, size)
+    return found
 
 
 def test_copies():
     ranks = world.run(everything, 4)
     for found in ranks:
         assert max(found["accumulation"].values()) < 1e-13
+        assert max(found["accumulation by pairs"].values()) < 1e-13
         assert found["twice"] == ["reduced_twice"]
         assert found["tied"] < 1e-13
+        assert found["tied by pairs"] < 1e-13
         assert found["odd"] < 1e-13
         assert [code for code, _ in found["unequal"]] == ["copies"] * 3
         assert all("stage 1" in got for _, got in found["unequal"])
         names = [got.rpartition("content of ")[2] for _, got in found["unequal"]]
         assert names[:2] == ["'0.bias'", "'3.running_mean'"]
     assert all(found["hidden"] for found in ranks)
+    # Three weights, then, once the stage is complete, three biases together and who has gradients;
+    # but the first weight of the first stage, which nothing else comes before, waits for the end.
+    weight, small, present = WIDTH * WIDTH, 3 * WIDTH, 6
+    late = [weight, weight, weight, 0, small, present]
+    early = [weight, weight, 0, weight, small, present]
+    assert [found["order"] for found in ranks] == [late + early, late * 2, late * 2, late + early]

@@ -1,4 +1,7 @@
-"""The executor on two GPUs: pushes and NCCL, with CUDA graphs and without, and a lost process."""
+"""The executor on GPUs: pushes and NCCL, with CUDA graphs and without, and a lost process.
+
+Two processes, each with a GPU; if there is one alone they share it, and NCCL, which cannot, is left out.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,13 @@ torch = pytest.importorskip("torch")
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
 MICRO_BATCHES, SIZE, SEQUENCE, HIDDEN = 20, 3, 256, 512
 LIMIT_S = 5.0
-TRANSPORTS = ("push", "nccl")
+SHARED = torch.cuda.device_count() < 2
+TRANSPORTS = ("push",) if SHARED else ("push", "nccl")
 
 
 class Block(torch.nn.Module):
@@ -89,10 +93,11 @@ def start(rank, folder):
     import torch.distributed as dist
 
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    device = torch.device("cuda", rank)
+    device = torch.device("cuda", 0 if SHARED else rank)
     torch.cuda.set_device(device)
     store = f"file://{folder}/store"
-    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=store, rank=rank, world_size=2)
+    backend = "gloo" if SHARED else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=2)
     return device
 
 
@@ -180,8 +185,9 @@ def run_schedules(rank, folder):
     return lines
 
 
-def run_copies(rank, folder, transport):
-    """Gradients of copies are summed by the executor, and each sum once."""
+def run_copies(rank, folder, transport, way):
+    """Gradients of copies are summed by the executor, and each sum once, to the same bits."""
+    import torch.distributed as dist
     from dualpipe import Schedule
     from dualpipe.executor import PipelineExecutor
 
@@ -195,16 +201,57 @@ def run_copies(rank, folder, transport):
     other = slice(half * SIZE, None) if rank == 0 else slice(0, half * SIZE)
     lines = []
     stages = {(rank, 0): own[rank], (1 - rank, 1): own[1 - rank]}
-    with PipelineExecutor(stages, schedule, transport=transport, limit_s=20) as executor:
+    reduce = "pairs" if way == "pairs" else True
+    with PipelineExecutor(
+        stages, schedule, transport=transport, reduce_copies=reduce, limit_s=20
+    ) as executor:
         for step in range(4):
             own.zero_grad()
             result = executor.step(x[part], labels=[y[other]], criterion=criterion)
             wanted = losses.chunk(2)[1 - rank]
             worst = worst_difference(own, blocks, stages, 1)
+            for parameter in own.parameters():
+                mine, theirs = parameter.grad.cpu(), parameter.grad.cpu()
+                dist.broadcast(theirs, src=0)
+                assert torch.equal(mine, theirs)
             lines.append(
                 ("copies", transport, "auto", step, torch.equal(result.losses, wanted), worst)
             )
     return lines
+
+
+def run_sums(rank, folder):
+    """Pairs of tensors of all sizes, several times, beside other work, equal bit for bit."""
+    import torch.distributed as dist
+    from dualpipe.executor.transport.push import PushTransport
+
+    device = start(rank, folder)
+    transport = PushTransport(dist.group.WORLD, device, 20)
+    pair = transport.pair_sums([1 - rank])[1 - rank]
+    sizes = [(5, torch.int32), (3, torch.float32), ((100 << 20) + 2, torch.bfloat16)]
+    sizes += [(1 << 24, torch.float64)] * 3 + [(16 << 20, torch.bfloat16), (7, torch.float16)]
+    found = []
+    for turn in range(3):
+        given = []
+        for both in range(2):
+            source = torch.Generator().manual_seed(10 * turn + both)
+            numbers = [torch.randn(min(n, 4096), generator=source) * 100 for n, _ in sizes]
+            given.append(
+                [
+                    x.repeat(-(-n // len(x)))[:n].to(dtype).to(device)
+                    for x, (n, dtype) in zip(numbers, sizes, strict=True)
+                ]
+            )
+        wanted = [x + y for x, y in zip(*given, strict=True)]
+        factor = torch.randn(4096, 4096, device=device)
+        for tensor in given[rank]:
+            pair.add(tensor)
+            factor = factor @ factor / 64
+        pair.wait()
+        found += [torch.equal(x, y) for x, y in zip(given[rank], wanted, strict=True)]
+    transport.poll()
+    transport.close()
+    return found
 
 
 def run_until_killed(rank, folder, transport):
@@ -270,12 +317,19 @@ def test_every_way_equals_the_sequential_run(tmp_path: Path) -> None:
         assert not wrong
 
 
+@pytest.mark.parametrize("way", ["group", "pairs"])
 @pytest.mark.parametrize("transport", TRANSPORTS)
-def test_copies_are_reduced(tmp_path: Path, transport: str) -> None:
-    for lines in launched(tmp_path, "copies", transport):
+def test_copies_are_reduced(tmp_path: Path, transport: str, way: str) -> None:
+    for lines in launched(tmp_path, "copies", transport, way):
         assert lines is not None
         wrong = [line for line in lines if not line[4] or abs(line[5]) > 1e-13]
         assert not wrong
+
+
+def test_pushed_sums(tmp_path: Path) -> None:
+    for found in launched(tmp_path, "sums"):
+        assert found
+        assert all(found)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -290,7 +344,12 @@ def test_a_killed_process_is_named_in_time(tmp_path: Path, transport: str) -> No
 
 if __name__ == "__main__":
     number, place, what, *rest = sys.argv[1:]
-    works = {"schedules": run_schedules, "copies": run_copies, "killed": run_until_killed}
+    works = {
+        "schedules": run_schedules,
+        "copies": run_copies,
+        "sums": run_sums,
+        "killed": run_until_killed,
+    }
     work = works[what]
     # What hangs says where.
     faulthandler.dump_traceback_later(float(os.environ.get("HANG_S", "140")), exit=True)

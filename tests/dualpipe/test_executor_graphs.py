@@ -13,11 +13,11 @@ import pytest
 import torch
 import world
 from dualpipe import METHODS, Schedule
-from dualpipe.executor import graphs
+from dualpipe.executor.graphs import capture, graphs, likeness, slots
 from dualpipe.instruction import Kind
 from pipelines import Part, perceptrons, sequential
 
-CAPTURED = graphs._captured
+CAPTURED = capture.captured
 
 
 class Again:
@@ -56,14 +56,14 @@ def rows_of(count: int, seed: int = 0) -> list:
 
 def faked(part: Part, *, auto: bool = False) -> graphs.Graphs:
     """The executor's graphs, which take the CPU for a GPU."""
-    part.executor.graphs = graphs.Graphs(
-        part.executor.stages, torch.device("cuda"), "auto" if auto else True
-    )
-    graphs.torch = type("torch", (), {"__getattr__": lambda _, name: getattr(torch, name)})()
-    graphs.torch.cuda = NoCuda
-    graphs._graph_of = Again
-    graphs._captured = partial(captured_without_a_trace, CAPTURED)
-    return part.executor.graphs
+    made = graphs.Graphs(part.executor.stages, torch.device("cuda"), "auto" if auto else True)
+    part.executor.graphs = part.executor._runner._graphs = made
+    no_cuda = type("torch", (), {"__getattr__": lambda _, name: getattr(torch, name)})()
+    no_cuda.cuda = NoCuda
+    graphs.torch = capture.torch = no_cuda
+    capture._graph_of = Again
+    graphs.captured = partial(captured_without_a_trace, CAPTURED)
+    return made
 
 
 def every_schedule(rank: int, size: int) -> dict[str, tuple[float, bool]]:
@@ -164,7 +164,7 @@ def test_slots_are_as_many_as_micro_batches_in_flight(method: str) -> None:
         held = 0
         stream = [i for i in schedule.instructions(rank) if i.kind.computes]
         for key in {(i.stage, i.copy) for i in stream}:
-            places, kinds = graphs._slots_of(stream, key)
+            places, kinds = slots.share_slots(stream, key)
             assert sorted(places) == list(range(schedule.micro_batches[key[1]]))
             assert all(Kind.F in of for of in kinds)
             held += len(kinds)
@@ -173,7 +173,7 @@ def test_slots_are_as_many_as_micro_batches_in_flight(method: str) -> None:
 
 
 def test_tensors_that_graphs_need_are_not_shared_by_slots() -> None:
-    like = graphs._Like((graphs._like(torch.ones(3)),), (), (7,))
-    one, other = graphs.Slot(like), graphs.Slot(like)
+    like = likeness.Like((likeness._like(torch.ones(3)),), (), (7,))
+    one, other = slots.Slot(like), slots.Slot(like)
     assert one.inputs[0].data_ptr() != other.inputs[0].data_ptr()
     assert one.labels == [7]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import numpy as np
 import pytest
 import torch
 import world
-from dualpipe import PipelineError, Schedule, search
+from dualpipe import Kind, PipelineError, Schedule, search
+from dualpipe.executor.report import StepReport
+from dualpipe.executor.timeline import Span, plain_kind
 from pipelines import Part
 from torch import nn
+from traces import check_trace
 
 FORWARD_S = 0.004
 
@@ -47,7 +49,7 @@ def measured(rank: int, size: int) -> dict:
         "ratio": report.predicted.makespan / report.makespan_us,
         "idle": report.idle_ratio.tolist(),
         "text": str(report),
-        "trace": json.loads(report.to_perfetto()),
+        "trace": report.to_perfetto(),
         "best": search(report.layers([1] * schedule.num_stages), size)[0].method,
     }
     try:
@@ -70,12 +72,56 @@ def test_a_report_measures_predicts_and_draws() -> None:
         assert 0.5 < found["ratio"] < 2
         assert all(0 <= idle < 1 for idle in found["idle"])
         assert "makespan" in found["text"]
-        names = [
-            e["args"]["name"] for e in found["trace"]["traceEvents"] if e["name"] == "process_name"
-        ]
+        events = check_trace(found["trace"])
+        names = [e["args"]["name"] for e in events if e["name"] == "process_name"]
         assert [name.partition(":")[0] for name in names] == ["predicted", "measured"]
-        slices = [e for e in found["trace"]["traceEvents"] if e["ph"] == "X" and e["pid"] == 1]
+        slices = [e for e in events if e["ph"] == "X" and e["pid"] == 1]
         assert len(slices) == sum(found["kinds"])
         assert found["best"]
         assert found["layers"] == "num_layers"
         assert found["kept"]
+
+
+def as_if(schedule: Schedule, work: dict[Kind, list[float]], slower: list[float]) -> StepReport:
+    """A step that took so long: each rank's computations in a row, in milliseconds."""
+    ranks = []
+    for rank, factor in enumerate(slower):
+        now, spans = 0.0, []
+        for instruction in schedule.instructions(rank):
+            if not instruction.kind.computes:
+                continue
+            kind = plain_kind(Span(instruction, False, 0, 0))
+            end = now + factor * work[kind][instruction.stage] / 1e3
+            spans.append(Span(instruction, False, now, end))
+            now = end
+        ranks.append(tuple(spans))
+    return StepReport(schedule, tuple(ranks))
+
+
+def test_the_ranks_speeds_are_told_from_the_stages_work() -> None:
+    # The last stage has a loss; the first computes no gradient of its input.
+    work = {
+        Kind.F: [3.0, 3.0, 3.0, 3.2],
+        Kind.B: [7.0, 8.0, 8.0, 8.3],
+        Kind.I: [3.0, 4.0, 4.0, 4.3],
+        Kind.W: [4.0, 4.0, 4.0, 4.0],
+    }
+    slower = [1.02, 0.98]
+    report = as_if(Schedule.generate("dualpipev", 2, 8), work, slower)
+    alike = {Kind.F: [0, 1, 2], Kind.B: [1, 2], Kind.W: range(4)}
+    costs = report.costs_for_any_rank(alike)
+    assert np.allclose(costs.rank_factor, slower)
+    for kind, found in ((Kind.F, costs.forward), (Kind.W, costs.backward_weight)):
+        assert np.allclose(found, 1e3 * np.array(work[kind]))
+    # Nothing to tell them by: as fast as one another, and stages cost what was measured.
+    blind = report.costs_for_any_rank({})
+    assert np.array_equal(blind.rank_factor, [1, 1])
+    assert np.array_equal(blind.forward, report.costs.forward)
+
+
+def test_stages_on_several_ranks_are_not_mixed_up_with_ranks() -> None:
+    work = {kind: [2.0, 3.0] for kind in (Kind.F, Kind.B, Kind.I, Kind.W)}
+    report = as_if(Schedule.generate("dualpipe", 2, 8), work, [1.1, 0.9])
+    costs = report.costs_for_any_rank(dict.fromkeys(work, range(2)))
+    assert np.allclose(costs.rank_factor, [1.1, 0.9])
+    assert np.allclose(costs.forward, [2e3, 3e3])

@@ -5,11 +5,19 @@ import json
 import eplb_rs
 import numpy as np
 import pytest
+import world
 
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-from eplb_rs.moe import Checkpoint, ExpertField, ExpertWeights, slots_of, write_index  # noqa: E402
+from eplb_rs.moe import (  # noqa: E402
+    Checkpoint,
+    ExpertField,
+    ExpertMover,
+    ExpertWeights,
+    slots_of,
+    write_index,
+)
 
 NUM_EXPERTS, HIDDEN, INTER = 12, 8, 6
 LAYER_IDS = (1, 2, 5)
@@ -56,9 +64,14 @@ def expert_tensors(layout, rng):
 def write_checkpoint(folder, layout, rng, num_files=3):
     """A checkpoint in several files, with tensors that are no experts among them."""
     between = "block_sparse_moe" if layout == "mixtral" else "mlp"
-    tensors = {}
+    tensors = {
+        "model.embed_tokens.weight": torch.ones(3, HIDDEN),
+        f"model.layers.0.{between}.gate_proj.weight": torch.ones(INTER, HIDDEN),
+    }
     for layer in LAYER_IDS:
-        tensors[f"model.layers.{layer}.{between}.gate.weight"] = torch.ones(NUM_EXPERTS, HIDDEN)
+        inside = f"model.layers.{layer}.{between}"
+        tensors[f"{inside}.gate.weight"] = torch.ones(NUM_EXPERTS, HIDDEN)
+        tensors[f"{inside}.shared_experts.gate_proj.weight"] = torch.ones(INTER, HIDDEN)
         for expert in range(NUM_EXPERTS):
             for name, tensor in expert_tensors(layout, rng).items():
                 tensors[f"model.layers.{layer}.{between}.experts.{expert}.{name}"] = tensor
@@ -75,19 +88,6 @@ def random_plan(rng, topology, policy="balanced"):
     return eplb_rs.Planner(topology, policy=policy).plan(load, layer_ids=LAYER_IDS)
 
 
-def moved(weights, old, new):
-    """What the plan's transfers make of the weights of all ranks, by hand."""
-    transfers = new.transfers(old)
-    per_rank = weights[0].num_slots
-    before = [
-        [{n: t.clone() for n, t in rank[layer].items()} for layer in range(len(rank))]
-        for rank in weights
-    ]
-    for layer, _, source_slot, source, slot, target, _ in transfers.table.tolist():
-        for name, tensor in weights[target][layer].items():
-            tensor[slot % per_rank] = before[source][layer][name][source_slot % per_rank]
-
-
 def same_bytes(left, right):
     return (
         left.shape == right.shape
@@ -96,65 +96,80 @@ def same_bytes(left, right):
     )
 
 
-@pytest.mark.parametrize("layout", ["deepseek_v3", "qwen3_moe", "mixtral", "olmoe"])
-def test_load_move_twice_and_export(tmp_path, layout, monkeypatch):
+LAYOUTS = ("deepseek_v3", "qwen3_moe", "mixtral", "olmoe")
+
+
+class Counting:
+    """Counts the bytes that are taken out of files; headers may be looked at."""
+
+    opened = staticmethod(eplb_rs.moe.checkpoint.safe_open)
+    bytes_read = 0
+
+    def __init__(self, *args, **kwargs):
+        self.file = self.opened(*args, **kwargs)
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self.file.__exit__(*error)
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        class Header:
+            tensor = self.file.get_slice(name)
+            get_shape, get_dtype = tensor.get_shape, tensor.get_dtype
+
+        return Header
+
+    def get_tensor(self, name):
+        tensor = self.file.get_tensor(name)
+        Counting.bytes_read += tensor.nbytes
+        return tensor
+
+
+def load_move_twice_and_export(rank, size, folder):
+    """For each layout, what this rank has read and what its slots hold, in bytes."""
+    eplb_rs.moe.checkpoint.safe_open = Counting
     rng = np.random.default_rng(7)
-    original = write_checkpoint(tmp_path / "in", layout, rng)
-    topology = eplb_rs.Topology(2, 2, 5)
-    plans = [random_plan(rng, topology) for _ in range(3)]
-
-    read = []  # what is really read, seen from outside
-    opened = eplb_rs.moe.checkpoint.safe_open
-
-    class Counting:
-        def __init__(self, *args, **kwargs):
-            self.file = opened(*args, **kwargs)
-
-        def __enter__(self):
-            self.file.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            return self.file.__exit__(*error)
-
-        def keys(self):
-            return self.file.keys()
-
-        def get_slice(self, name):
-            return self.file.get_slice(name)
-
-        def get_tensor(self, name):
-            tensor = self.file.get_tensor(name)
-            read.append(tensor.nbytes)
-            return tensor
-
-    monkeypatch.setattr(eplb_rs.moe.checkpoint, "safe_open", Counting)
-
-    weights = []
-    for rank in range(4):
-        checkpoint = Checkpoint(tmp_path / "in")
+    read = {}
+    for layout in LAYOUTS:
+        plans = [random_plan(rng, eplb_rs.Topology(2, 2, 5)) for _ in range(3)]
+        checkpoint = Checkpoint(folder / layout)
         assert checkpoint.layer_ids == LAYER_IDS
         assert checkpoint.num_experts == NUM_EXPERTS
-        made = ExpertWeights(checkpoint.fields, num_layers=3, num_slots=5)
-        checkpoint.load_into(made, plans[0], rank)
-        weights.append(made)
-        assert sum(read) == checkpoint.bytes_read
-        assert 0 < sum(read) <= 3 * 5 * made.expert_bytes
-        read.clear()
+        weights = ExpertWeights(checkpoint.fields, num_layers=3, num_slots=5)
+        Counting.bytes_read = 0
+        checkpoint.load_into(weights, plans[0], rank)
+        assert checkpoint.bytes_read == Counting.bytes_read
+        read[layout] = Counting.bytes_read, 3 * 5 * weights.expert_bytes
+        mover = ExpertMover(weights, limit_s=60, checksums=True)
+        assert mover.apply(plans[0], plans[1]).received > 0
+        assert mover.apply(plans[1], plans[2]).received > 0
+        assert checkpoint.bytes_read == Counting.bytes_read, "moves read nothing"
+        checkpoint.export(weights, plans[2], rank, folder / f"{layout}-out")
+    return read
 
-    moved(weights, plans[0], plans[1])
-    moved(weights, plans[1], plans[2])
-    for rank, made in enumerate(weights):
-        checkpoint.export(made, plans[2], rank, tmp_path / "out")
-    index = json.loads(write_index(tmp_path / "out").read_text())
 
-    assert set(index["weight_map"]) == set(original)
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in original.values())
-    exported = {}
-    for path in (tmp_path / "out").glob("*.safetensors"):
-        exported |= safetensors_torch.load_file(path)
-    assert set(exported) == set(original)
-    assert all(same_bytes(exported[name], tensor) for name, tensor in original.items())
+def test_load_move_twice_and_export(tmp_path):
+    """In each layout, on four ranks: the same names, dtypes, shapes and bytes."""
+    rng = np.random.default_rng(0)
+    originals = {layout: write_checkpoint(tmp_path / layout, layout, rng) for layout in LAYOUTS}
+    for read in world.run(load_move_twice_and_export, 4, tmp_path):
+        assert all(0 < taken <= held for taken, held in read.values()), read
+    for layout, original in originals.items():
+        folder = tmp_path / f"{layout}-out"
+        index = json.loads(write_index(folder).read_text())
+        assert set(index["weight_map"]) == set(original)
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in original.values())
+        exported = {}
+        for path in folder.glob("*.safetensors"):
+            exported |= safetensors_torch.load_file(path)
+        assert set(exported) == set(original)
+        assert all(same_bytes(exported[name], tensor) for name, tensor in original.items())
 
 
 def test_replicas_on_one_rank_are_read_once(tmp_path):
@@ -172,6 +187,18 @@ def test_replicas_on_one_rank_are_read_once(tmp_path):
         sums = [weights.checksum(layer, slot) for slot in range(NUM_EXPERTS + 3)]
         assert sums[NUM_EXPERTS:] == [sums[0], sums[0], sums[1]]
         assert len(set(sums)) == NUM_EXPERTS
+
+
+def test_one_expert_is_read_alone(tmp_path):
+    written = whole(tmp_path / "in")
+    checkpoint = Checkpoint(tmp_path / "in")
+    weights = ExpertWeights(checkpoint.fields, num_layers=1, num_slots=1)
+    checkpoint.read_expert(2, 3, weights.slot(0, 0))
+    up = weights[0]["gate_up.weight"][0].chunk(2)[1]
+    assert torch.equal(up, written[UP])
+    assert checkpoint.bytes_read == weights.expert_bytes
+    with pytest.raises(eplb_rs.InvalidInputError, match="experts that the checkpoint holds whole"):
+        checkpoint.read_expert(2, 999, weights.slot(0, 0))
 
 
 def test_dead_slots_stay_as_they_are(tmp_path):

@@ -1,8 +1,11 @@
 """Tokens to replicas: as predicted to the token, on every rule."""
 
+from pathlib import Path
+
 import eplb_rs
 import numpy as np
 import pytest
+from eplb_rs.loads import read_loads
 from eplb_rs.testing import topologies
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from eplb_rs.moe import RoutingTable, predicted_tokens, routing_rows  # noqa: E4
 
 TOPOLOGY = eplb_rs.Topology(2, 2, 5)
 EXPERTS, LAYERS = 12, 3
+EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 
 
 def plan_for(rng, topology=TOPOLOGY):
@@ -117,6 +121,33 @@ def test_any_topology(topology, seed, index):
     for layer in range(2):
         got = np.bincount(plan.phy2log[layer], tokens[layer], experts)
         np.testing.assert_array_equal(got, counts[layer].sum(axis=0))
+
+
+def test_few_moves_make_two_ranks_as_even_as_a_random_router():
+    """8,192 tokens a rank, 8 of 256 experts each, of the least even of DeepSeek-R1's layers and a
+    median one: rows of the fuller rank, as they are and filled up to tiles of 128."""
+    loads = read_loads(EXAMPLES / "deepseek_r1_1k1k.json").loads.sum(axis=0)
+    by_rank = loads.reshape(len(loads), 2, 128).sum(axis=2)
+    uneven = np.argsort(by_rank.max(axis=1) / by_rank.sum(axis=1), kind="stable")
+    loads = np.stack([np.ones(256), loads[uneven[-1]], loads[uneven[len(uneven) // 2]]])
+    in_order = eplb_rs.Plan.from_phy2log(
+        eplb_rs.Topology(1, 2, 128), np.tile(np.arange(256), (3, 1)), loads
+    )
+    plan = eplb_rs.Planner(in_order.topology).plan(loads, previous=in_order)
+    moves = np.bincount(plan.transfers(in_order).table[:, 0], minlength=3)
+    assert moves.tolist() == [0, 6, 4]
+    chance = np.minimum(8 * loads / loads.sum(axis=1, keepdims=True), 1)
+    counts = np.random.default_rng(0).binomial(8192, chance[:, None].repeat(2, axis=1))
+
+    def fullest(plan, tile):
+        rows = predicted_tokens(plan, counts)
+        return (-(-rows // tile) * tile).reshape(3, 2, 128).sum(axis=2).max(axis=1)
+
+    before, after = fullest(in_order, 1), fullest(plan, 1)
+    np.testing.assert_allclose(before / before[0], [1, 1.45, 1.17], atol=0.01)
+    np.testing.assert_allclose(after / after[0], 1, atol=0.01)
+    tiles = fullest(plan, 128)
+    assert (tiles / tiles[0] < 1.05).all()
 
 
 def test_refusals():

@@ -1,5 +1,6 @@
 """The split of tokens over replicas: the optimum, its proof, and what engines make of it."""
 
+import itertools
 import pickle
 from collections.abc import Iterator
 
@@ -45,16 +46,51 @@ def random_cases(count: int) -> Iterator[tuple[eplb_rs.Plan, npt.NDArray[np.floa
         )
 
 
+def uneven_cases(count: int) -> Iterator[tuple[eplb_rs.Plan, npt.NDArray[np.float32]]]:
+    """The same on ranks of unequal slots and speeds, some of them dead."""
+    rng = np.random.default_rng(20261)
+    for number in range(count):
+        slots = rng.integers(1, 8, int(rng.integers(2, 17)))
+        ranks = len(slots)
+        speeds = (
+            rng.choice([1.0, 1.5, 2.0, 3.0], ranks) if number % 3 else rng.uniform(1, 900, ranks)
+        )
+        dead = np.flatnonzero(rng.random(ranks - 1) < 0.1).tolist()
+        topology = eplb_rs.Topology(1, ranks, int(slots.max()), slots=slots.tolist())
+        topology = topology.with_speeds(speeds.tolist()).with_dead(dead)
+        live = ~np.isin(np.repeat(np.arange(ranks), slots), dead)
+        experts = int(rng.integers(1, live.sum() + 1))
+        more = rng.integers(0, experts, live.sum() - experts)
+        held = np.full(len(live), -1)
+        held[live] = rng.permutation(np.concatenate([np.arange(experts), more]))
+        load = np.round(rng.lognormal(0, rng.choice([0.0, 1.0, 3.0]), (1, experts)) * 1000)
+        yield (
+            eplb_rs.Plan.from_phy2log(topology, held[None], load),
+            load.astype(np.float32),
+        )
+
+
+def rank_of_slot(plan: eplb_rs.Plan) -> npt.NDArray[np.int64]:
+    return np.repeat(np.arange(plan.topology.num_gpus), plan.topology.slots)
+
+
+def relative_speeds(plan: eplb_rs.Plan) -> npt.NDArray[np.float64]:
+    """The mean of live ranks is 1."""
+    speeds = np.array(plan.topology.speeds)
+    return speeds / np.delete(speeds, plan.topology.dead).mean()
+
+
 def optimum(plan: eplb_rs.Plan, load: npt.NDArray[np.float32]) -> float:
-    """The least possible largest rank load, by a linear program over tokens by slot."""
-    held = plan.phy2log[0]
+    """The least possible longest rank time, by a linear program over tokens by slot."""
+    live = plan.phy2log[0] >= 0
+    held = plan.phy2log[0][live]
     slots, ranks = len(held), plan.topology.num_gpus
-    rank_of = np.arange(slots) * ranks // slots
+    rank_of = rank_of_slot(plan)[live]
     every, ones = np.arange(slots), np.ones(slots)
     sums = coo_matrix((ones, (held, every)), shape=(plan.num_experts, slots + 1))
     carried = coo_matrix(
         (
-            np.concatenate([ones, -np.ones(ranks)]),
+            np.concatenate([ones, -relative_speeds(plan)]),
             (
                 np.concatenate([rank_of, np.arange(ranks)]),
                 np.concatenate([every, np.full(ranks, slots)]),
@@ -96,15 +132,59 @@ def test_shares_add_up_and_give_the_rank_loads() -> None:
         np.testing.assert_allclose(carried, shares.rank_load[0], rtol=1e-9, atol=1e-9)
 
 
-def test_the_tight_ranks_prove_the_bound() -> None:
-    for plan, load in random_cases(100):
+def test_the_optimum_where_ranks_are_unlike() -> None:
+    for plan, load in uneven_cases(120):
         shares = Splitter(plan).split(load)
-        slots = plan.topology.num_slots
-        ranks = np.arange(slots) * plan.topology.num_gpus // slots
-        outside = np.zeros(plan.num_experts, dtype=bool)
-        outside[plan.phy2log[0][~shares.tight[0][ranks]]] = True
-        alone = load[0][~outside].sum(dtype=np.float64)
-        assert shares.lower_bound[0] <= alone / shares.tight[0].sum() * (1 + 1e-9)
+        wanted = optimum(plan, load)
+        assert shares.lower_bound[0] == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+        assert shares.rank_time.max() == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+        held = plan.phy2log[0]
+        live = held >= 0
+        assert (shares.by_slot[0][~live] == 0).all()
+        sums = np.bincount(held[live], shares.by_slot[0][live])
+        np.testing.assert_allclose(sums, 1, rtol=1e-12)
+        by_slot = np.where(live, shares.by_slot[0] * load[0][held], 0)
+        carried = np.bincount(rank_of_slot(plan), by_slot)
+        np.testing.assert_allclose(carried, shares.rank_load[0], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(Splitter(plan).uniform(load).rank_load, plan.rank_load)
+
+
+def test_whole_tokens_where_ranks_are_unlike() -> None:
+    rng = np.random.default_rng(20262)
+    for _ in range(40):
+        slots = rng.integers(1, 3, 3).tolist()
+        topology = eplb_rs.Topology(1, 3, 2, slots=slots, speeds=rng.uniform(1, 5, 3).tolist())
+        held = rng.permutation(np.concatenate([[0, 1], rng.integers(0, 2, sum(slots) - 2)]))
+        plan = eplb_rs.Plan.from_phy2log(topology, held[None], np.ones((1, 2)))
+        tokens = rng.integers(0, 9, 2)
+        quotas, largest = Splitter(plan).split_tokens(tokens)
+        np.testing.assert_array_equal(np.bincount(held, quotas, minlength=2), tokens)
+        speeds, ranks = relative_speeds(plan), rank_of_slot(plan)
+        carried = np.bincount(ranks, quotas)
+        assert largest == carried.max()
+        best = np.inf
+        for tried in itertools.product(*(range(int(tokens[expert]) + 1) for expert in held)):
+            if (np.bincount(held, tried, minlength=2) == tokens).all():
+                best = min(best, (np.bincount(ranks, tried) / speeds).max())
+        assert (carried / speeds).max() == pytest.approx(best)
+
+
+def test_more_tokens_than_unlike_ranks_can_count_are_refused() -> None:
+    topology = eplb_rs.Topology(1, 2, 1, speeds=[1, 900])
+    plan = eplb_rs.Plan.from_phy2log(topology, [[0, 1]], np.ones((1, 2)))
+    Splitter(plan).split_tokens([2**49, 2**48])
+    with pytest.raises(eplb_rs.InvalidInputError, match="tokens"):
+        Splitter(plan).split_tokens([2**52, 0])
+
+
+def test_the_tight_ranks_prove_the_bound() -> None:
+    for plan, load in itertools.chain(random_cases(100), uneven_cases(60)):
+        shares = Splitter(plan).split(load)
+        held = plan.phy2log[0]
+        elsewhere = held[~shares.tight[0][rank_of_slot(plan)]]
+        alone = np.delete(load[0], elsewhere[elsewhere >= 0]).sum(dtype=np.float64)
+        speed = relative_speeds(plan)[shares.tight[0]].sum()
+        assert shares.lower_bound[0] <= alone / speed * (1 + 1e-9)
 
 
 @pytest.fixture

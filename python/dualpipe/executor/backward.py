@@ -11,6 +11,9 @@ sum of the two parts is the whole backward, bit for bit.
 Between I and W are kept: what the joints have saved (a Linear's input, a norm's input and
 statistics), the gradient of each joint's output, and what the branches have saved.
 
+Where products add weight gradients by themselves (:mod:`.products`), B and W do so, and the engine
+has the rest.
+
 A custom autograd Function with weights runs once, in I, weights included. A Function that runs a
 backward of its own inside (reentrant checkpointing) cannot be split: I is the whole backward.
 Non-reentrant checkpoints recompute once in I and once in W. A module that keeps its weight
@@ -34,7 +37,7 @@ import torch
 import torch.utils.checkpoint
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from dualpipe.executor.cut import cut
+from dualpipe.executor.cut import cut, find_products
 from dualpipe.utils import WeightGradStore
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
     from dualpipe.executor.cut import Branch, Cut
+    from dualpipe.executor.products import Product
 
 __all__ = ["StageBackward", "WeightPart"]
 
@@ -73,10 +77,18 @@ class WeightPart:
 
 
 class StageBackward:
-    """The backward of one stage copy."""
+    """The backward of one stage copy.
 
-    def __init__(self) -> None:
+    Args:
+        products: Let products add weight gradients by themselves; see :mod:`.products`. Their
+            rounding is another one than autograd's.
+    """
+
+    def __init__(self, *, products: bool = False) -> None:
         self._uses_store: bool | None = None
+        self.products = products
+        self.added: Callable[[torch.Tensor], None] | None = None
+        """Is told of every weight whose gradient a product has added."""
 
     def whole(
         self,
@@ -97,8 +109,27 @@ class StageBackward:
         """
         roots, grads = _roots(outputs, output_grads)
         if roots:
-            _engine(roots, grads, (), keep=retain_graph)
+            self._run_whole(roots, grads, retain_graph)
         return [_taken(tensor) for tensor in inputs]
+
+    def _run_whole(
+        self, roots: list[GradientEdge], grads: list[torch.Tensor], retain_graph: bool
+    ) -> None:
+        products, leaves = (
+            find_products(roots) if self.products and not self._uses_store else ([], [])
+        )
+        if not products:
+            _engine(roots, grads, (), keep=retain_graph)
+            return
+        hooks = [p.node.register_prehook(partial(self._add, p)) for p in products]
+        _engine(roots, grads, tuple(leaves), keep=retain_graph)
+        for hook in hooks:
+            hook.remove()
+
+    def _add(self, product: Product, grads: tuple[torch.Tensor | None, ...]) -> None:
+        product.add(grads[0])
+        if self.added is not None:
+            self.added(product.weight)
 
     def input_part(
         self,
@@ -115,13 +146,14 @@ class StageBackward:
         if self._uses_store:
             return self._with_store(roots, grads, inputs, retain_graph)
         leaves = [tensor for tensor in inputs if tensor.requires_grad]
-        found = cut(roots, [get_gradient_edge(tensor) for tensor in leaves])
+        edges = [get_gradient_edge(tensor) for tensor in leaves]
+        found = cut(roots, edges, products=self.products)
         if found.custom and self._uses_store is None:
             return self._with_store(roots, grads, inputs, retain_graph)
         if found.whole:
             _engine(roots, grads, (), keep=retain_graph)
             return [_taken(tensor) for tensor in inputs], WeightPart(why=found.why)
-        work = _Weights(found, grads, retain_graph)
+        work = _Weights(found, grads, retain_graph, self._add)
         wanted = (*leaves, *found.prompt)
         _engine(roots, grads, wanted, keep=True)
         if not retain_graph:
@@ -157,8 +189,15 @@ _LOOKED = "the first backward of a stage with custom functions is whole, to see 
 class _Weights:
     """The weight part of one micro-batch, while it waits."""
 
-    def __init__(self, found: Cut, grads: list[torch.Tensor], retain_graph: bool) -> None:
+    def __init__(
+        self,
+        found: Cut,
+        grads: list[torch.Tensor],
+        retain_graph: bool,
+        add: Callable[[Product, tuple[torch.Tensor | None, ...]], None],
+    ) -> None:
         self._joints = found.joints
+        self._add = add
         self._outputs = [(edge, grads[position], branch) for position, edge, branch in found.roots]
         self._retain = retain_graph
         self._arrived: list[tuple[torch.Tensor | None, ...]] = [()] * len(found.joints)
@@ -182,8 +221,10 @@ class _Weights:
         for edge, grad, branch in self._outputs:
             ready.add(edge, grad, branch)
         for number in self._order:
-            node, edges = self._joints[number]
-            grads = node(*self._arrived[number])  # type: ignore[operator]
+            node, edges, product = self._joints[number]
+            if product is not None:
+                self._add(product, self._arrived[number])
+            grads = node(*self._arrived[number]) if edges else ()  # type: ignore[operator]
             if not self._retain:
                 self._arrived[number] = ()
             for position, edge, branch in edges:

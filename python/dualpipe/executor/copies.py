@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,19 +11,20 @@ import torch.distributed as dist
 
 from dualpipe.errors import MismatchError, PipelineError
 from dualpipe.executor.groups import make_group, waiting
+from dualpipe.executor.reduction import GroupSums, PairSums, Sums
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import nn
+
+    from dualpipe.executor.stage import Stage
+    from dualpipe.executor.transport.base import PairSum
 
 __all__ = ["Copies"]
 
 _CHUNK_BYTES = 1 << 24
 """How much of a stage is compared at once."""
-
-_SMALL_BYTES = 1 << 18
-"""Gradients up to this size travel together; larger ones are reduced where they lie."""
 
 
 class Copies:
@@ -32,6 +34,8 @@ class Copies:
         modules: This rank's modules by stage.
         holders: The ranks, of the default group, that hold each stage.
         limit_s: How long a wait may last.
+        pairs: What sums the gradients of stages with the other rank that holds them, by stage; all
+            others are summed in groups.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class Copies:
         modules: Mapping[int, nn.Module],
         holders: Mapping[int, tuple[int, ...]],
         limit_s: float,
+        pairs: Mapping[int, PairSum],
     ) -> None:
         self._modules = modules
         self._limit_s = limit_s
@@ -50,20 +55,35 @@ class Copies:
         self._made = list(made.values())
         self._groups = {stage: made[tuple(sorted(holders[stage]))] for stage in modules}
         self._holders = holders
-        owners: dict[nn.Parameter, list[int]] = {}
-        for stage in sorted(modules):
-            for parameter in modules[stage].parameters():
-                owners.setdefault(parameter, []).append(stage)
-        self._own: dict[int, list[nn.Parameter]] = {stage: [] for stage in modules}
-        # Tied between stages of this rank: complete only when all of them are.
-        self._tied: dict[int, list[nn.Parameter]] = {}
-        for parameter, stages in owners.items():
-            part = self._own if len(stages) == 1 else self._tied
-            part.setdefault(stages[0], []).append(parameter)
+        self._sums = self._make_sums(pairs)
         self._started: set[int] = set()
-        self._ended: list[_Reduction] = []
-        self._under_way: dict[int, list[_Reduction]] = {}
         self._reduced: list[tuple[torch.Tensor, weakref.ref[torch.Tensor], int]] = []
+
+    def _make_sums(self, pairs: Mapping[int, PairSum]) -> dict[int, Sums]:
+        """What sums each part: a stage's own parameters, or what it shares with others.
+
+        Parameters that are tied between stages of this rank are complete only when all of them
+        are; they are a part of their own, below all stages.
+        """
+        owners: dict[nn.Parameter, list[int]] = {}
+        for stage in sorted(self._modules):
+            for parameter in self._modules[stage].parameters():
+                owners.setdefault(parameter, []).append(stage)
+        parts: dict[int, dict[int, list[torch.Tensor]]] = {}
+        for parameter, stages in owners.items():
+            part = stages[0] if len(stages) == 1 else _tied(stages[0])
+            parts.setdefault(stages[0], {}).setdefault(part, []).append(parameter)
+        sums: dict[int, Sums] = {}
+        together: dict[PairSum, dict[int, list[torch.Tensor]]] = {}
+        for stage, own in parts.items():
+            if stage in pairs:
+                together.setdefault(pairs[stage], {}).update(own)
+            else:
+                group = GroupSums(own, self._groups[stage], self._limit_s)
+                sums.update(dict.fromkeys(own, group))
+        for pair, own in together.items():
+            sums.update(dict.fromkeys(own, PairSums(own, pair)))
+        return sums
 
     def check_equal(self) -> None:
         """Compares parameters and buffers of the copies, byte for byte.
@@ -113,47 +133,50 @@ class Copies:
                 )
         self._reduced = []
 
+    def last(self, stage: Stage, backward: Callable[[], None]) -> None:
+        """Runs the last backward of a stage; what it completes is summed at once."""
+        sums = self._sums.get(stage.index)
+        if sums is None:
+            backward()
+            return
+        stage.gradient.added = partial(sums.ready, stage.index)
+        try:
+            backward()
+        finally:
+            stage.gradient.added = None
+
     def start(self, stage: int) -> None:
         """REDUCE_GRAD: starts the sum over the copies of a stage's gradients, which are complete."""
         self._started.add(stage)
-        self._under_way[stage] = [_Reduction(self._own[stage], self._groups[stage])]
+        if stage in self._sums:
+            self._sums[stage].start(stage)
 
     def wait(self, stage: int) -> None:
         """WAIT_REDUCE_GRAD: waits for it."""
-        for reduction in self._under_way[stage]:
-            with waiting(self._limit_s):
-                reduction.wait()
-            self._ended.append(reduction)
-        del self._under_way[stage]
+        if stage in self._sums:
+            self._sums[stage].wait(stage)
 
     def finish(self) -> None:
         """Ends a step: what no instruction has started, what is under way, what is tied."""
-        for stage in sorted(self._groups):
+        for stage in sorted(self._groups, reverse=True):
             if stage not in self._started:
                 self.start(stage)
-        for stage in sorted(self._under_way):
-            self.wait(stage)
-        for stage in sorted(self._tied):
-            self._under_way[stage] = [_Reduction(self._tied[stage], self._groups[stage])]
-            self.wait(stage)
-        for reduction in self._ended:
-            reduction.forget_absent()
-            for parameter in reduction.parameters:
+        for part in self._sums:
+            if part < 0:
+                self._sums[part].start(part)
+        for sums in dict.fromkeys(self._sums.values()):
+            for parameter in sums.finish():
                 if (grad := parameter.grad) is not None:
-                    # One of a stage tells whether somebody has cleared them since.
+                    # One of them tells whether somebody has cleared them since.
                     self._reduced.append((parameter, weakref.ref(grad), grad._version))
                     break
-        self._ended.clear()
         self._started.clear()
 
     def reset(self) -> None:
         """Drops what is under way."""
-        for reductions in self._under_way.values():
-            for reduction in reductions:
-                reduction.drop()
-        self._under_way = {}
+        for sums in self._sums.values():
+            sums.drop()
         self._started.clear()
-        self._ended.clear()
 
     def close(self) -> None:
         """Ends the groups."""
@@ -162,70 +185,12 @@ class Copies:
             dist.destroy_process_group(group)
         self._made = []
         self._groups = {}
+        self._sums = {}
 
 
-class _Reduction:
-    """The sum over copies of some parameters' gradients, under way.
-
-    Small gradients are gathered, large ones summed in place. A parameter without a gradient on
-    any copy keeps none.
-    """
-
-    def __init__(self, parameters: Sequence[torch.Tensor], group: dist.ProcessGroup) -> None:
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self._works: list[dist.Work] = []
-        self._gathered: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
-        self._lacking: list[int] = []
-        """Parameters without a gradient here."""
-        if not self.parameters:
-            return
-        here = [parameter.grad is not None for parameter in self.parameters]
-        self._lacking = [at for at, present in enumerate(here) if not present]
-        device = self.parameters[0].device
-        # Pinned, so that the host does not wait for the GPU in the middle of a step.
-        pinned = torch.tensor(here, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._present = pinned.to(device, non_blocking=True)
-        self._start(self._present, group)
-        small: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            elif parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.to_dense()
-            grad = parameter.grad
-            if grad.nbytes <= _SMALL_BYTES or not grad.is_contiguous():
-                small.setdefault((grad.dtype, grad.device), []).append(grad)
-            else:
-                self._start(grad, group)
-        for grads in small.values():
-            flat = torch.cat([grad.reshape(-1) for grad in grads])
-            self._gathered.append((flat, grads))
-            self._start(flat, group)
-
-    def _start(self, tensor: torch.Tensor, group: dist.ProcessGroup) -> None:
-        work = dist.all_reduce(tensor, group=group, async_op=True)
-        assert work is not None
-        self._works.append(work)
-
-    def drop(self) -> None:
-        self._works = []
-
-    def wait(self) -> None:
-        while self._works:
-            self._works[0].wait()
-            del self._works[0]
-        for flat, grads in self._gathered:
-            parts = torch.split(flat, [grad.numel() for grad in grads])
-            for grad, part in zip(grads, parts, strict=True):
-                grad.copy_(part.view_as(grad))
-
-    def forget_absent(self) -> None:
-        """Gives parameters without a gradient on any copy none, at the end of a step."""
-        if self._lacking:
-            present = self._present.tolist()
-            for at in self._lacking:
-                if not present[at]:
-                    self.parameters[at].grad = None
+def _tied(stage: int) -> int:
+    """The number of the part that a stage shares with others."""
+    return -1 - stage
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -21,12 +21,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.autograd.graph import GradientEdge
 
+from dualpipe.executor.products import product_at
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch.autograd.graph import Node
 
-__all__ = ["Branch", "Cut", "Joint", "cut"]
+    from dualpipe.executor.products import Product
+
+__all__ = ["Branch", "Cut", "Joint", "cut", "find_products"]
 
 _ACCUMULATE = torch._C._functions.AccumulateGrad
 
@@ -47,6 +51,8 @@ class Joint(NamedTuple):
     node: Node
     edges: list[tuple[int, GradientEdge, Branch]]
     """Which of the node's edges, where to, and the branch there."""
+    product: Product | None
+    """A weight whose gradient the node's product adds by itself; not among the edges."""
 
 
 class Cut(NamedTuple):
@@ -140,11 +146,21 @@ class _Graph:
         return min(_Graph([node]).leaves(), key=lambda leaf: _variable(leaf).numel())
 
 
-def cut(outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge]) -> Cut:
+def cut(
+    outputs: Sequence[GradientEdge],
+    inputs: Sequence[GradientEdge],
+    *,
+    products: bool = False,
+) -> Cut:
     """Cuts what is between outputs and inputs.
 
     Where no input is reached, the path leads to a parameter among those used first, so that the
     two parts share the work as elsewhere.
+
+    Args:
+        outputs: Where the backward starts.
+        inputs: Whose gradients the input part computes.
+        products: Whether products may add weight gradients by themselves.
     """
     graph = _Graph(edge.node for edge in outputs)
     for node in graph.custom:
@@ -187,19 +203,50 @@ def cut(outputs: Sequence[GradientEdge], inputs: Sequence[GradientEdge]) -> Cut:
     joints, alone = [], []
     for node in path:
         edges = []
+        product = product_at(node, graph.edges[node], graph.parents) if products else None
+        if product is not None and graph.edges[node][product.place][0] in path:
+            product = None
         for position, (child, number) in enumerate(graph.edges[node]):
             if child is None or child in path:
+                continue
+            if product is not None and position == product.place:
                 continue
             branch = branch_at(child)
             if branch is not None:
                 edges.append((position, GradientEdge(child, number), branch))
                 branch.num_edges += 1
-        if edges:
-            joints.append(Joint(node, edges))
+        if edges or product is not None:
+            joints.append(Joint(node, edges, product))
         else:
             alone.append(node)
     why = "; ".join(f"{reasons[text]} parameters: {text}" for text in sorted(reasons))
     return Cut(joints, roots, prompt, alone, why or None, False, custom)
+
+
+def find_products(
+    outputs: Sequence[GradientEdge],
+) -> tuple[list[Product], list[torch.Tensor]]:
+    """The products of a whole backward, and the leaves whose gradients are left to autograd.
+
+    Only nodes that lead to such a leaf are run by the engine, so others are no products.
+    """
+    graph = _Graph(edge.node for edge in outputs)
+    if any(map(_recomputes_inside, graph.custom)):
+        return [], []
+    products = {}
+    for node, edges in graph.edges.items():
+        product = product_at(node, edges, graph.parents)
+        if product is not None:
+            products[product.weight] = product
+    leaves = {leaf: _variable(leaf) for leaf in graph.leaves()}
+    while True:
+        rest = [leaf for leaf, variable in leaves.items() if variable not in products]
+        run = graph.above(rest)
+        idle = [weight for weight, product in products.items() if product.node not in run]
+        if not idle:
+            return list(products.values()), [leaves[leaf] for leaf in rest]
+        for weight in idle:
+            del products[weight]
 
 
 def _not_left(graph: _Graph, beside: set[Node], path: set[Node], ends: list[Node]) -> str | None:

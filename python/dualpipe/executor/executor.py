@@ -5,30 +5,24 @@ Letters: P ranks, S stages, C copies of every stage, M micro-batches of all copi
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import time
 import uuid
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Self, overload
 
-import numpy as np
 import torch
-import torch.distributed as dist
 
 from dualpipe.errors import MismatchError, PeerLostError, PipelineError, ScheduleError
 from dualpipe.executor.agreement import Agreement
-from dualpipe.executor.boundary import given_boundaries
 from dualpipe.executor.copies import Copies
 from dualpipe.executor.graphs import Graphs
 from dualpipe.executor.groups import given_group
-from dualpipe.executor.microbatches import merge, signature
-from dualpipe.executor.pair import Streams, has_hook
-from dualpipe.executor.places import device_of, group_ranks, held_stages
-from dualpipe.executor.plan import Batch, Plan, find_boundaries
+from dualpipe.executor.places import Places
+from dualpipe.executor.planner import Draft, Planner, Request, check_schedule
+from dualpipe.executor.products import wants_autograd
 from dualpipe.executor.report import StepReport
+from dualpipe.executor.result import StepResult, result_of
+from dualpipe.executor.runner import Runner
 from dualpipe.executor.seeds import unseeded
 from dualpipe.executor.stage import Settings
-from dualpipe.executor.stream import Stream
 from dualpipe.executor.timeline import Recorder
 from dualpipe.executor.transport import make_transport
 from dualpipe.executor.watch import Doing, Watch, find_store
@@ -37,28 +31,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
 
+    import torch.distributed as dist
     from torch import nn
     from torch.distributed.distributed_c10d import Store
 
-    from dualpipe.executor.boundary import Boundary
-    from dualpipe.executor.transport.base import TensorSpec, Transport
+    from dualpipe.executor.transport.base import PairSum, TensorSpec, Transport
     from dualpipe.schedule import Costs, Schedule
 
-__all__ = ["PipelineExecutor", "StepResult"]
-
-
-_MAX_PLANS = 64
-"""Plans are kept for so many combinations of shapes."""
-
-
-class StepResult(NamedTuple):
-    """What a step gives to a rank."""
-
-    losses: torch.Tensor | None
-    """The losses of the micro-batches whose last stage is on this rank, in their order, `[M]` or
-    a copy's part of it, free of the graph; None without a criterion or a last stage."""
-    outputs: torch.Tensor | tuple[torch.Tensor | None, ...] | None
-    """Their outputs, put together along the batch dimension; a tuple if the stage returns one."""
+__all__ = ["PipelineExecutor"]
 
 
 class PipelineExecutor:
@@ -80,7 +60,8 @@ class PipelineExecutor:
             found by a dry forward, once for every combination of input shapes.
         gradients: ``"sum"`` of the micro-batches' gradients, as published, or their ``"mean"``.
         reduce_copies: Sum the gradients of a stage's copies, once per optimizer step, and check
-            before the first that the copies are equal.
+            before the first that the copies are equal: by all-reduce, a stage at a time, or with
+            ``"pairs"`` by the transport where it can (``"push"``, two copies), a weight at a time.
         transport: ``"auto"``, ``"push"``, ``"nccl"``, ``"gloo"``, or a transport that is made already.
         device: Where inputs of stages live; by default where the first parameter does.
         limit_s: How long a wait for another rank may last.
@@ -90,11 +71,14 @@ class PipelineExecutor:
             (:func:`~dualpipe.executor.seed_of`), so that dropout does not depend on the schedule.
         graphs: On GPUs, run stages as CUDA graphs: always, never, or with ``"auto"`` where their
             launches are the limit; see :class:`~dualpipe.executor.graphs.Graphs`.
+        fuse_accumulation: Let the product that computes a weight's gradient add it to ``.grad`` as
+            well, which rounds once instead of twice; see :mod:`~dualpipe.executor.products`. By
+            default on GPUs; on CPUs gradients are bit for bit those of autograd.
         measure: Measure every step, for :meth:`report`; the attribute may be set between steps.
 
     Raises:
-        PipelineError: ``no_group``, ``group_size``, ``ranks``, ``stages``, ``gradients``,
-            ``transport``.
+        PipelineError: ``no_group``, ``schedule``, ``limit_s``, ``group_size``, ``ranks``,
+            ``stages``, ``device``, ``gradients``, ``graphs``, ``reduce_copies``, ``transport``.
     """
 
     def __init__(
@@ -107,20 +91,29 @@ class PipelineExecutor:
         batch_dim: int = 0,
         boundaries: Sequence[TensorSpec] | Sequence[Sequence[TensorSpec]] | None = None,
         gradients: str = "sum",
-        reduce_copies: bool = True,
+        reduce_copies: bool | str = True,
         transport: str | Transport = "auto",
         device: torch.device | None = None,
         limit_s: float = 300.0,
         store: Store | None = None,
         seed: int | None = None,
         graphs: bool | str = "auto",
+        fuse_accumulation: bool | None = None,
         measure: bool = False,
     ) -> None:
         self.group = given_group(group)
+        check_schedule(schedule)
+        if not 0 < limit_s < float("inf"):
+            raise PipelineError(
+                code="limit_s",
+                argument="limit_s",
+                got=repr(limit_s),
+                expected="a number of seconds above 0",
+            )
         self.schedule = schedule
-        self.batch_dim = batch_dim
         self.boundaries = boundaries
         self.seed = seed
+        self._batch_dim = batch_dim
         store = find_store(store)
         self._agreement = Agreement(self.group, limit_s)
         kinds = {
@@ -128,22 +121,38 @@ class PipelineExecutor:
             "reduce_copies": reduce_copies,
             "store": store is not None,
         }
-        token = self._settle(stages, ranks, gradients, graphs, kinds)
-        self.device = device or device_of(stage.module for stage in self.stages.values())
+        token = self._settle(stages, ranks, device, gradients, graphs, kinds)
+        self._agreement.root = self._places.group_ranks[schedule.num_ranks // 2]
+        self.rank = self._places.rank
+        self.stages = self._places.stages
+        if fuse_accumulation is None:
+            fuse_accumulation = self.device.type == "cuda"
+        for stage in self.stages.values():
+            stage.gradient.products = fuse_accumulation and not wants_autograd(stage.module)
         self.transport = make_transport(transport, self.group, self.device, limit_s)
-        self._copies = self._make_copies(limit_s) if reduce_copies else None
+        self._copies: Copies | None = None
+        if reduce_copies and schedule.num_copies > 1:
+            modules = {stage.index: stage.module for stage in self.stages.values()}
+            pairs = self._pairs() if reduce_copies == "pairs" else {}
+            self._copies = Copies(modules, self._places.holders, limit_s, pairs)
         self._compared = False
-        self._streams = Streams(self.device)
-        self._plans: dict[Any, Plan] = {}
-        self._prepared: Plan | None = None
-        self._digests: dict[int, tuple[Schedule, str]] = {}
-        self._running: Stream | None = None
+        self._planner = Planner(
+            schedule, self._places, self._agreement, self._copies, batch_dim, self.device
+        )
         self._broken: BaseException | None = None
         self._closed = False
-        self._watch = Watch(store, token, self.rank, schedule.num_ranks, limit_s, self._doing)
         self._recorder = Recorder(self.device, measure=measure)
         self.graphs = Graphs(self.stages, self.device, graphs)
         """The stages' CUDA graphs."""
+        self._runner = Runner(
+            self._places,
+            self.transport,
+            self._copies,
+            self.graphs,
+            self._recorder,
+            self.device,
+        )
+        self._watch = Watch(store, token, self.rank, schedule.num_ranks, limit_s, self._doing)
         self._measured: tuple[Schedule, list[Any]] | None = None
         self.num_steps = 0
         """Steps that were started."""
@@ -184,38 +193,64 @@ class PipelineExecutor:
             PeerLostError: A rank is gone, stopped, too late, or has raised. Every rank raises it,
                 at most ``limit_s`` and 2 s after; it names the ranks at fault.
         """
-        if self._broken is not None:
+        if self._broken is not None or self._closed:
             raise PipelineError(
-                code="broken",
+                code="closed" if self._broken is None else "broken",
                 argument="executor",
-                got="its last step broke off",
+                got="closed" if self._broken is None else "its last step broke off",
                 expected="one whose steps have ended",
-                hint="close it and make a new one",
+                hint="make a new one" if self._broken is None else "close it and make a new one",
             ) from self._broken
+        if schedule is None:
+            schedule = self.schedule
+        try:
+            check_schedule(schedule)
+        except PipelineError as error:
+            self.refuse(error)
         training = torch.is_grad_enabled()
-        schedule = self.schedule if schedule is None else schedule
-        reducing = training and not accumulate and self._copies is not None
+        request = Request(
+            schedule=schedule,
+            training=training,
+            reducing=training and not accumulate and self._copies is not None,
+            boundaries=self.boundaries,
+            criterion=criterion,
+            inputs=inputs,
+            labels=labels,
+            kwargs=kwargs or {},
+            alike={
+                "gradients": "mean" if self._mean else "sum",
+                "measure": self.measure,
+                "seed": self.seed,
+            },
+        )
         agreed = False
         try:
-            plan, batch = self._agree(
-                schedule, inputs, labels, criterion, kwargs or {}, training, reducing
-            )
-            agreed = True
-            settings = Settings(
-                training=training,
-                criterion=criterion,
-                loss_scale=1 / schedule.num_micro_batches if self._mean else 1.0,
-                return_outputs=return_outputs,
-                seed=None if self.seed is None else (self.seed, self.num_steps),
-            )
-            self.num_steps += 1
-            for (_, copy), stage in self.stages.items():
-                first_micro_batch = sum(schedule.micro_batches[:copy])
-                stage.begin(settings, plan.flights(stage, batch), first_micro_batch)
             with unseeded(self.seed is not None, self.device):
-                self._run(plan, self._stream(plan, training, reducing), settings)
-            result = self._result(batch, settings)
-            self._await_end(plan)
+                draft = self._planner.draft(request)
+                settings = Settings(
+                    training=training,
+                    criterion=criterion,
+                    loss_scale=1 / schedule.num_micro_batches if self._mean else 1.0,
+                    return_outputs=return_outputs,
+                    seed=None if self.seed is None else (self.seed, self.num_steps),
+                )
+                fault = self._lead(draft, settings)
+                plan, batch = self._planner.agree(draft)
+                if request.reducing and not self._compared:
+                    self._compare_copies()
+                agreed = True
+                self.num_steps += 1
+                if plan is not draft.plan or self._runner.stream is None:
+                    self._runner.undo()
+                    self._runner.start(plan, batch, settings, reducing=request.reducing)
+                elif fault is not None:
+                    raise fault
+                self._runner.run(plan, settings)
+            result = result_of(self.stages.values(), batch, settings, self._batch_dim)
+            self._runner.wait(self._poll)
+            if self.measure:
+                own = self._recorder.spans(), self._notes()
+                self._measured = plan.schedule, self._planner.exchange(own)
             return result
         except PeerLostError as error:
             raise self._break_off(error) from error
@@ -223,11 +258,34 @@ class PipelineExecutor:
             # What is refused before anything is sent is refused by every rank.
             if agreed or not isinstance(error, (PipelineError, ScheduleError)):
                 self._break_off(error)
+            else:
+                self._runner.undo()
             raise
         finally:
-            self._running = None
-            for stage in self.stages.values():
-                stage.reset()
+            self._runner.end()
+
+    def _pairs(self) -> dict[int, PairSum]:
+        """What the transport sums gradients with, by stage."""
+        mirrors = self._places.mirrors
+        sums = self.transport.pair_sums(sorted(set(mirrors.values())))
+        return {stage: sums[peer] for stage, peer in mirrors.items() if peer in sums}
+
+    def _lead(self, draft: Draft, settings: Settings) -> Exception | None:
+        """Starts a step that the ranks have not agreed on yet; what was raised, to be kept until
+        they have, since the others wait for this one."""
+        if draft.plan is None or draft.batch is None or not self._runner.leads(draft.plan):
+            return None
+        try:
+            reducing = draft.request.reducing
+            self._runner.start(draft.plan, draft.batch, settings, reducing=reducing)
+            self._runner.lead(settings)
+        except Exception as error:
+            return error
+        return None
+
+    def _poll(self) -> None:
+        self.transport.poll()
+        self._watch.poll()
 
     @property
     def measure(self) -> bool:
@@ -297,10 +355,10 @@ class PipelineExecutor:
 
     def _doing(self) -> Doing:
         """What this rank is at."""
-        stream, peer = self._running, self.transport.waiting_for
+        stream, peer = self._runner.stream, self.transport.waiting_for
         if stream is None:
             return Doing(None)
-        rank = None if peer is None else self._group_ranks.index(peer)
+        rank = None if peer is None else self._places.group_ranks.index(peer)
         return Doing(str(stream.instructions[stream.at]), rank)
 
     @overload
@@ -312,7 +370,7 @@ class PipelineExecutor:
         self._broken = error
         doing = self._doing()
         if isinstance(error, PeerLostError) and error.peer is not None:
-            doing = doing._replace(peer=self._group_ranks.index(error.peer))
+            doing = doing._replace(peer=self._places.group_ranks.index(error.peer))
         self._watch.broke_off(error, doing)
         self._close_groups(drop=True)
         return self._watch.judge(error, doing) if isinstance(error, PeerLostError) else error
@@ -334,6 +392,7 @@ class PipelineExecutor:
         self,
         stages: Mapping[Any, nn.Module] | Sequence[nn.Module],
         ranks: Sequence[int] | None,
+        device: torch.device | None,
         gradients: str,
         graphs: bool | str,
         kinds: Mapping[str, Any],
@@ -343,9 +402,9 @@ class PipelineExecutor:
         try:
             self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
             _one_of("graphs", graphs, (True, False, "auto"))
-            self._group_ranks = group_ranks(ranks, self.schedule.num_ranks, self.group.size())
-            self.rank = self._group_ranks.index(self.group.rank())
-            self.stages = held_stages(stages, self.schedule, self.rank)
+            _one_of("reduce_copies", kinds["reduce_copies"], (True, False, "pairs"))
+            self._places = Places(stages, self.schedule, self.group, ranks)
+            self.device = device or self._places.device
         except PipelineError as error:
             own = error
         placement = self.schedule.placement.tolist()
@@ -355,116 +414,6 @@ class PipelineExecutor:
             self._agreement.close()
             raise
         return name
-
-    def _agree(
-        self,
-        schedule: Schedule,
-        inputs: Sequence[Any],
-        labels: Sequence[Any],
-        criterion: Callable[..., torch.Tensor] | None,
-        kwargs: Mapping[Any, Any],
-        training: bool,
-        reducing: bool,
-    ) -> tuple[Plan, Batch]:
-        """The plan that all ranks have agreed on, and this rank's micro-batches."""
-        batch = None
-        own: Any
-        try:
-            self._check(schedule, criterion, training)
-            batch = Batch(
-                self.stages,
-                schedule.micro_batches,
-                self.batch_dim,
-                inputs=inputs,
-                labels=labels,
-                kwargs=kwargs,
-            )
-            own = signature(inputs), signature(kwargs)
-            if training and self._copies is not None:
-                self._copies.begin()
-        except PipelineError as error:
-            own = error
-        equal = {
-            "num_micro_batches": schedule.num_micro_batches,
-            "schedule": self._digest(schedule),
-            "training": training,
-            "boundaries": repr(self.boundaries),
-            "reducing": reducing,
-            "autocast": _autocast(self.device),
-            "gradients": "mean" if self._mean else "sum",
-        }
-        alike = {"measure": self.measure, "seed": self.seed}
-        every = self._agreement.exchange({**equal, **alike}, own)
-        assert batch is not None
-        key = (*equal.values(), *every)
-        plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= _MAX_PLANS:
-                del self._plans[next(iter(self._plans))]
-            plan = self._plans[key] = self._make_plan(schedule, batch, training)
-        if reducing and not self._compared:
-            self._compare_copies()
-        return plan, batch
-
-    def _check(
-        self, schedule: Schedule, criterion: Callable[..., Any] | None, training: bool
-    ) -> None:
-        if schedule is not self.schedule and not np.array_equal(
-            schedule.placement, self.schedule.placement
-        ):
-            raise PipelineError(
-                code="placement",
-                argument="schedule",
-                got=repr(schedule),
-                expected=f"one with the placement of {self.schedule!r}",
-            )
-        if not training:
-            return
-        if not schedule.has_backward:
-            raise PipelineError(
-                code="no_backward",
-                argument="schedule",
-                got=repr(schedule),
-                expected="one with backwards",
-                hint="it is for steps under torch.no_grad()",
-            )
-        if criterion is None and any(stage.is_last for stage in self.stages.values()):
-            raise PipelineError(
-                code="criterion",
-                argument="criterion",
-                got="None",
-                expected="a loss function, since the last stage is on this rank",
-            )
-
-    def _make_plan(self, schedule: Schedule, batch: Batch, training: bool) -> Plan:
-        if not training and schedule.has_backward:
-            schedule = schedule.forward_only()
-        if not schedule.has_transfers:
-            schedule = schedule.place_transfers()
-        boundaries: Mapping[tuple[int, int], Sequence[Boundary]]
-        crosses = any(len(set(row)) > 1 for row in schedule.placement.tolist())
-        if self.boundaries is not None or not crosses:
-            given = given_boundaries(self.boundaries or [], schedule.num_stages, training=training)
-            boundaries = {
-                (copy, m): given
-                for copy, count in enumerate(schedule.micro_batches)
-                for m in range(count)
-            }
-        else:
-            boundaries = find_boundaries(
-                self.stages,
-                schedule.placement.tolist(),
-                batch,
-                self._exchange,
-                self.device,
-                training=training,
-            )
-        return Plan(schedule, boundaries)
-
-    def _exchange(self, own: Any) -> list[Any]:
-        """What every pipeline rank gave, in their order."""
-        every = self._agreement.exchange({}, own)
-        return [every[rank] for rank in self._group_ranks]
 
     def _compare_copies(self) -> None:
         """Refuses the step on every rank, where copies of any stage differ."""
@@ -477,53 +426,6 @@ class PipelineExecutor:
         self._agreement.exchange({}, own)
         self._compared = True
 
-    def _stream(self, plan: Plan, training: bool, reducing: bool) -> Stream:
-        stream = plan.streams.get(reducing)
-        if stream is None:
-            for stage in self.stages.values():
-                others = self.stages.values()
-                stage.keeps_outputs = any(has_hook(other, stage) for other in others)
-            placement = plan.schedule.placement
-            peers = {
-                (stage, copy): self._group_ranks[placement[copy, stage]]
-                for copy in range(plan.schedule.num_copies)
-                for stage in range(plan.schedule.num_stages)
-            }
-            stream = plan.streams[reducing] = Stream(
-                plan.schedule.instructions(self.rank),
-                self.stages,
-                peers,
-                self._recorder.transport(self.transport),
-                self._copies if reducing else None,
-                self._streams,
-            )
-            stream.actions = self._recorder.actions(stream.instructions, stream.actions)
-        if plan is not self._prepared:
-            self._prepared = None
-            self.transport.prepare(stream.envelopes(training=training))
-            self._prepared = plan
-        return stream
-
-    def _run(self, plan: Plan, stream: Stream, settings: Settings) -> None:
-        self._running = stream
-        with _on(self.device):
-            self.graphs.begin(plan, stream.instructions, settings)
-            self._recorder.begin()
-            stream.run()
-
-    def _await_end(self, plan: Plan) -> None:
-        if self.device.type == "cuda":
-            # Not synchronize: what is lost while the streams run must be found.
-            end = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            end.record(torch.cuda.current_stream(self.device))
-            while not end.query():  # type: ignore[no-untyped-call]
-                self.transport.poll()
-                self._watch.poll()
-                time.sleep(5e-5)
-        if self.measure:
-            why = self._notes()
-            self._measured = plan.schedule, self._exchange((self._recorder.spans(), why))
-
     def _notes(self) -> list[str]:
         """What did not run as it could on this rank, and why."""
         notes = [
@@ -535,50 +437,6 @@ class PipelineExecutor:
             f"rank {self.rank}, stage {index}: no CUDA graphs: {why}"
             for (index, _), why in self.graphs.why.items()
         ]
-
-    def _result(self, batch: Batch, settings: Settings) -> StepResult:
-        last = [stage for stage in self.stages.values() if stage.is_last]
-        losses = [loss.detach() for s in last for loss in s.losses if loss is not None]
-        results = [result for stage in last for result in stage.results]
-        if settings.training:
-            first = (stage for stage in self.stages.values() if stage.is_first)
-            batch.give_back([grad for s in first for grads in s.given_grads for grad in grads])
-        return StepResult(
-            torch.stack(losses) if losses else None,
-            merge(results, self.batch_dim) if last and settings.return_outputs else None,
-        )
-
-    def _make_copies(self, limit_s: float) -> Copies | None:
-        if self.schedule.num_copies == 1:
-            return None
-        placement = self.schedule.placement.tolist()
-        ranks = dist.get_process_group_ranks(self.group)
-        return Copies(
-            {stage.index: stage.module for stage in self.stages.values()},
-            {
-                index: tuple(ranks[self._group_ranks[row[index]]] for row in placement)
-                for index, _ in self.stages
-            },
-            limit_s,
-        )
-
-    def _digest(self, schedule: Schedule) -> str:
-        """The schedule in one line: what it is, and a hash of all of it."""
-        known = self._digests.get(id(schedule))
-        if known is None or known[0] is not schedule:
-            content = hashlib.blake2b(schedule.text().encode(), digest_size=8).hexdigest()
-            known = self._digests[id(schedule)] = schedule, f"{schedule!r} {content}"
-        return known[1]
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _autocast(device: torch.device) -> str | None:
-    if not torch.is_autocast_enabled(device.type):
-        return None
-    return str(torch.get_autocast_dtype(device.type))
 
 
 def _one_of(argument: str, value: Any, known: tuple[Any, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["given_group", "make_group", "waiting"]
 
 _SET_UP = timedelta(seconds=60)
+
+# The place in its source, and advice for those who know no more than it does.
+_GLOO = re.compile(r"^\[\S+\] |\. This is typically .*")
 
 # Without an underscore since PyTorch 2.15.
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
@@ -69,7 +73,7 @@ def given_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """The group, or the default group for None.
 
     Raises:
-        PipelineError: ``no_group`` where there is none.
+        PipelineError: ``no_group`` where there is none, or this rank is not in it.
     """
     if group is None and not dist.is_initialized():
         raise PipelineError(
@@ -81,7 +85,15 @@ def given_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         )
     if group is None:
         group = dist.group.WORLD
-    assert group is not None
+    if not isinstance(group, dist.ProcessGroup):
+        outside = group is dist.GroupMember.NON_GROUP_MEMBER
+        raise PipelineError(
+            code="no_group",
+            argument="group",
+            got="a group without this rank" if outside else type(group).__name__,
+            expected="a process group that this rank is in",
+            hint="make executors on the group's members alone" if outside else "",
+        )
     return group
 
 
@@ -94,10 +106,10 @@ def waiting(limit_s: float, peer: int | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         if isinstance(error, PipelineError):
             raise
-        text = str(error).partition("\n")[0]
+        text = _GLOO.sub("", str(error).partition("\n")[0]) or "timed out"
         late = "timed out" in text.lower() or "timeout" in text.lower()
         raise PeerLostError(
             code="limit" if late else "closed",

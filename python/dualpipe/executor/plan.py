@@ -66,7 +66,8 @@ class Batch:
         kwargs: For all stages, or by stage or by stage and copy.
 
     Raises:
-        PipelineError: ``inputs``, ``kwargs``, ``batch_size``, ``batch_dim``, ``not_a_tensor``.
+        PipelineError: ``inputs``, ``labels``, ``kwargs``, ``batch_size``, ``batch_dim``,
+            ``not_a_tensor``.
     """
 
     def __init__(
@@ -89,6 +90,14 @@ class Batch:
                 got=f"{len(inputs)} inputs on a rank without a first stage",
                 expected="none, or None",
             )
+        if not isinstance(labels, (list, tuple)):
+            raise PipelineError(
+                code="labels",
+                argument="labels",
+                got=type(labels).__name__,
+                expected="a list of labels",
+                hint="one label is [label]",
+            )
         self.sources: list[torch.Tensor] = []
         """Parts of inputs that get a gradient, in the order of copies and micro-batches."""
         self.inputs: dict[int, list[tuple[Any, ...]]] = {
@@ -99,6 +108,15 @@ class Batch:
         self.kwargs = {
             key: split_mapping(_kwargs_of(key, kwargs), counts[key[1]], batch_dim) for key in stages
         }
+
+        without = [copy for copy in first if not given and not any(self.kwargs[0, copy])]
+        if without:
+            raise PipelineError(
+                code="inputs",
+                argument="inputs",
+                got="none on a rank with the first stage",
+                expected="those of the micro-batches that enter here",
+            )
 
     def _leaf(self, part: Any) -> Any:
         """Cuts the caller's graph off, so that a backward ends at the first stage's input."""

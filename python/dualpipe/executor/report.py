@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dualpipe.choice import Layers
+from dualpipe.draw import trace_slice
 from dualpipe.errors import PipelineError
 from dualpipe.executor.timeline import Span, plain_kind
 from dualpipe.instruction import Kind
@@ -24,7 +25,7 @@ from dualpipe.schedule import Costs
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from dualpipe.schedule import Schedule, Timeline
 
@@ -82,13 +83,57 @@ class StepReport:
         A link's latency is the least that a receiver which waited saw between the end of what made
         a message and the start of what took it; 0 where nobody ever waited.
         """
+        return self._costs(np.ones(len(self.spans)))
+
+    def costs_for_any_rank(self, alike: Mapping[Kind, Sequence[int]]) -> Costs:
+        """The same, with the ranks' speeds apart from the stages' work, for another placement.
+
+        Two GPUs of a kind differ by a few percent. What a stage costs was measured on the rank
+        that holds it; on another it costs as many times more as that rank is slower.
+
+        Args:
+            alike: Stages that do the same work, by kind of computation (F, B, I, W): the ranks
+                are compared by them. Those that only one rank holds say nothing.
+
+        Returns:
+            Costs of the stages on a rank of average speed, and ``rank_factor``.
+        """
+        factor = self._rank_factor(alike)
+        return replace(self._costs(factor), rank_factor=factor)
+
+    def _rank_factor(self, alike: Mapping[Kind, Sequence[int]]) -> npt.NDArray[np.float64]:
+        own: list[dict[Kind, list[float]]] = []
+        for spans in self.spans:
+            times: dict[Kind, list[float]] = defaultdict(list)
+            for span in spans:
+                kind = plain_kind(span)
+                if not span.pair and span.instruction.stage in alike.get(kind, ()):
+                    times[kind].append(_length(span))
+            own.append(times)
+        slower = np.zeros(len(own))
+        weight = np.zeros(len(own))
+        for kind in alike:
+            middle = {rank: median(times[kind]) for rank, times in enumerate(own) if times[kind]}
+            if len(middle) < 2:
+                continue
+            average = sum(middle.values()) / len(middle)
+            for rank, time in middle.items():
+                # By what was measured of it, so that one short instruction does not weigh much.
+                measured = sum(own[rank][kind])
+                slower[rank] += measured * time / average
+                weight[rank] += measured
+        return np.divide(slower, weight, out=np.ones(len(own)), where=weight > 0)
+
+    def _costs(self, factor: npt.NDArray[np.float64]) -> Costs:
         times: dict[tuple[Kind, int], list[float]] = defaultdict(list)
         pairs: dict[int, list[float]] = defaultdict(list)
-        for span in self._all():
-            if span.pair:
-                pairs[span.instruction.stage].append(_length(span))
-            else:
-                times[plain_kind(span), span.instruction.stage].append(_length(span))
+        for rank, spans in enumerate(self.spans):
+            for span in spans:
+                length = _length(span) / factor[rank]
+                if span.pair:
+                    pairs[span.instruction.stage].append(length)
+                else:
+                    times[plain_kind(span), span.instruction.stage].append(length)
         middle = {key: median(found) for key, found in times.items()}
         table = np.zeros((4, self.schedule.num_stages))
         for stage in range(self.schedule.num_stages):
@@ -204,16 +249,10 @@ class StepReport:
 
     def _slice(self, span: Span, rank: int) -> dict[str, Any]:
         _, stage, micro_batch, copy = span.instruction
-        return {
-            "ph": "X",
-            "name": f"{stage}{chr(39) * copy}{_kind_name(span)}{micro_batch}",
-            "cat": _kind_name(span),
-            "pid": 1,
-            "tid": rank,
-            "ts": span.start_s * 1e6 - self._bounds[0],
-            "dur": _length(span),
-            "args": {"stage": stage, "copy": copy, "micro_batch": micro_batch},
-        }
+        kind = _kind_name(span)
+        name = f"{stage}{chr(39) * copy}{kind}{micro_batch}"
+        start, end = (at * 1e6 - self._bounds[0] for at in (span.start_s, span.end_s))
+        return trace_slice(name, kind, span.instruction, start, end, pid=1, rank=rank)
 
     def _all(self) -> Iterator[Span]:
         for rank in self.spans:

@@ -51,6 +51,7 @@ class Flight:
         "kwargs",
         "labels",
         "leaves",
+        "loss",
         "output_grads",
         "outputs",
         "roots",
@@ -73,8 +74,10 @@ class Flight:
         """Those of the inputs that need a gradient."""
         self.outputs: Sequence[torch.Tensor | None] = ()
         self.departure: Departure | None = None
+        self.loss: torch.Tensor | None = None
+        """Free of the graph."""
         # What the backward starts from: gradient edges, which hold no tensor, so that the memory
-        # of an output is free once it has been sent; for a pair's hook the outputs themselves.
+        # of an output is free once it has been sent; for a pair's hook the tensors themselves.
         self.roots: Sequence[Any] = ()
         self.grad_arrival: Arrival | None = None
         self.output_grads: Sequence[torch.Tensor | None] = ()
@@ -265,12 +268,15 @@ class Stage:
                     got=f"a loss of {_kind_of(loss)}",
                     expected="a function that returns a tensor with one element",
                 )
-            self.losses[m] = loss
+            # A copy: a mean may lie at the start of all the memory that it is the mean of.
+            flight.loss = self.losses[m] = loss.detach().clone()
         if settings.return_outputs:
             self.results[m] = _apart(outputs, flight.inputs)
         if settings.training:
             assert loss is not None
-            flight.roots = (loss,) if loss.requires_grad else ()
+            flight.roots = ()
+            if loss.requires_grad:
+                flight.roots = (loss if self.keeps_outputs else get_gradient_edge(loss),)
         else:
             self.free(flight)
 
@@ -292,7 +298,7 @@ class Stage:
     def roots_and_grads(self, flight: Flight) -> tuple[list[Any], list[torch.Tensor]]:
         """What the backward starts from, when the gradients are there."""
         if self.is_last:
-            return list(flight.roots), [self.loss_grad(loss) for loss in flight.roots]
+            return list(flight.roots), [self.loss_grad(flight.loss) for _ in flight.roots]
         if flight.grad_arrival is not None:
             flight.output_grads = flight.grad_arrival.ready()
         roots, grads = [], []
@@ -311,8 +317,9 @@ class Stage:
             self.not_left[weight_part.why] = self.not_left.get(weight_part.why, 0) + 1
         return input_grads, weight_part
 
-    def loss_grad(self, loss: torch.Tensor) -> torch.Tensor:
+    def loss_grad(self, loss: torch.Tensor | None) -> torch.Tensor:
         """The gradient of a loss."""
+        assert loss is not None
         return torch.full_like(loss, self.settings.loss_scale)
 
     def hand_back(self, flight: Flight, m: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ _TRANSFER = {
     Kind.SEND_B: ("send_backward", Kind.B, -1),
     Kind.RECV_B: ("receive_backward", Kind.B, +1),
 }
+_COMPLETES = {Kind.B, Kind.W, Kind.OVERLAP_B}
 # What stands between a pair and the weight part that its hook has left alone.
 _BETWEEN = {Kind.OVERLAP_B, Kind.SEND_F, Kind.SEND_B}
 
@@ -71,17 +73,37 @@ class Stream:
         self._peers = peers
         self._transport = transport
         self._streams = streams
+        self._copies = copies
+        # The last backward of every stage completes its gradients.
+        ends = {i[1::2]: i for i in instructions if i.kind in _COMPLETES}
+        self._last = set(ends.values())
         self.at = 0
         """Which instruction is being run."""
         self.instructions: list[Instruction] = []
         self.actions: list[Action] = []
         self._prepare(copies)
+        self._next = 0
+        lead = itertools.takewhile(lambda i: i.kind == Kind.F, self.instructions)
+        self._num_lead = sum(1 for _ in lead)
+
+    def run_lead(self) -> None:
+        """Runs the forwards before the first transfer. :meth:`run` goes on behind them."""
+        self._run(0, self._num_lead)
+        self._next = self._num_lead
 
     def run(self) -> None:
         """Runs all instructions."""
-        for at, action in enumerate(self.actions):
+        self._run(self._next, len(self.actions))
+        self._next = 0
+
+    def reset(self) -> None:
+        """Starts anew, wherever it broke off."""
+        self.at = self._next = 0
+
+    def _run(self, start: int, stop: int) -> None:
+        for at in range(start, stop):
             self.at = at
-            action()
+            self.actions[at]()
 
     def _prepare(self, copies: Copies | None) -> None:
         early: Instruction | None = None
@@ -127,7 +149,10 @@ class Stream:
 
     def _compute(self, instruction: Instruction) -> Action:
         stage = self._stages[instruction.stage, instruction.copy]
-        return partial(getattr(stage, _COMPUTE[instruction.kind]), instruction.micro_batch)
+        action = partial(getattr(stage, _COMPUTE[instruction.kind]), instruction.micro_batch)
+        if instruction in self._last and self._copies is not None:
+            return partial(self._copies.last, stage, action)
+        return action
 
     def _pair(self, first: Instruction, second: Instruction) -> Action | None:
         forward = self._stages[first.stage, first.copy]
@@ -174,7 +199,7 @@ class Stream:
         """
         released = {}
         for index, (kind, stage, m, copy) in enumerate(self._given):
-            last = kind in {Kind.B, Kind.W, Kind.OVERLAP_B}
+            last = kind in _COMPLETES
             if last if training else kind in {Kind.F, Kind.OVERLAP_F, Kind.WAIT_SEND_F}:
                 released[stage, m, copy] = index
         found = []

@@ -14,5 +14,6 @@ Installing the wheel changes nothing. The environment chooses, the same for all 
 
 :mod:`~eplb_rs.integrations.vllm` and :mod:`~eplb_rs.integrations.sglang` are found by the engines
 themselves; :mod:`~eplb_rs.integrations.vllm_ascend` is a policy to hand over;
-:mod:`~eplb_rs.integrations.files` writes the maps that engines read at their start.
+:mod:`~eplb_rs.integrations.tensorrt_llm` and :mod:`~eplb_rs.integrations.offline` write what
+engines read at their start.
 """

@@ -1,15 +1,18 @@
 """The plug-in for vLLM, found through the entry point ``vllm.general_plugins``.
 
 It takes the place of vLLM's default policy (vLLM knows policies by name, and "default" is the only
-one), and looks at the placement in force, so that few weights move.
+one), and looks at the placement in force, so that few weights move. Where it cannot plan, vLLM's
+own policy does.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
-from eplb_rs.integrations.settings import EngineSettings, logger
+from eplb_rs.integrations.planning import EnginePlanner
+from eplb_rs.integrations.settings import EngineSettings
 
 if TYPE_CHECKING:
     import torch
@@ -19,10 +22,13 @@ __all__ = ["is_installed", "register"]
 _POLICIES = "vllm.distributed.eplb.policy"
 _NAME = "default"
 
+_logger = logging.getLogger("vllm.eplb_rs")
+"""Under vLLM's own logger: it shows no others."""
+
 
 def register() -> None:
     """Puts the policy in place, if ``EPLB_RS_POLICY`` is set. Called by vLLM in every process, and
-    as often as it likes.
+    as often as it likes. What it raises ends vLLM at its start.
 
     Raises:
         InvalidInputError: For a variable of the environment.
@@ -33,13 +39,15 @@ def register() -> None:
         return
     try:
         policies = importlib.import_module(_POLICIES)
-        policies.EPLB_POLICIES[_NAME] = _policy(policies.AbstractEplbPolicy, settings)
+        planner = EnginePlanner(settings, _logger)
+        policies.EPLB_POLICIES[_NAME] = _policy(policies.EPLB_POLICIES[_NAME], planner)
     except (ImportError, AttributeError, KeyError, TypeError) as error:
+        _logger.exception("eplb-rs is asked for by EPLB_RS_POLICY, but vLLM would go on without")
         raise RuntimeError(
             f"eplb-rs is asked for by EPLB_RS_POLICY, but cannot be put into this vLLM: {error}; "
             f"it was made for vLLM 0.33"
         ) from error
-    logger.info("vLLM plans with eplb-rs: %s", settings)
+    _logger.info("vLLM plans with eplb-rs: %s", settings)
 
 
 def is_installed() -> bool:
@@ -51,7 +59,7 @@ def is_installed() -> bool:
     return getattr(policies.EPLB_POLICIES.get(_NAME), "is_eplb_rs", False)
 
 
-def _policy(base: Any, settings: EngineSettings) -> type:
+def _policy(base: Any, planner: EnginePlanner) -> type:
     import torch
 
     class EplbRsPolicy(base):  # type: ignore[misc]
@@ -71,14 +79,24 @@ def _policy(base: Any, settings: EngineSettings) -> type:
         ) -> torch.Tensor:
             """As vLLM's interface says: `[L, R]` int64 on the CPU."""
             old = old_global_expert_indices
-            plan = settings.plan(
-                weight.float().cpu().numpy(),
-                num_replicas=num_replicas,
-                num_groups=num_groups,
-                num_nodes=num_nodes,
-                num_ranks=num_ranks,
-                previous=None if old is None else old.cpu().numpy(),
-            )
-            return torch.from_numpy(plan.phy2log.copy())
+
+            def ours() -> torch.Tensor:
+                plan = planner.plan(
+                    weight.float().cpu().numpy(),
+                    num_replicas=num_replicas,
+                    num_groups=num_groups,
+                    num_nodes=num_nodes,
+                    num_ranks=num_ranks,
+                    previous=None if old is None else old.cpu().numpy(),
+                )
+                return torch.from_numpy(plan.phy2log.copy())
+
+            def theirs() -> torch.Tensor:
+                made: torch.Tensor = super(EplbRsPolicy, cls).rebalance_experts(
+                    weight, num_replicas, num_groups, num_nodes, num_ranks, old
+                )
+                return made
+
+            return planner.or_theirs(ours, theirs)
 
     return EplbRsPolicy

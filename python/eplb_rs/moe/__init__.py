@@ -1,9 +1,17 @@
 """Experts of a running model: placed, moved and routed as a plan says. Needs torch."""
 
 from eplb_rs.moe.checkpoint import LAYOUTS, Checkpoint, Layout, write_index
-from eplb_rs.moe.exchange import Sites
-from eplb_rs.moe.layer import ExpertParallelMoE, Pass, TopK, TopKRouter
-from eplb_rs.moe.mover import ExpertMover, MoveError, MoveStats
+from eplb_rs.moe.layer import ExpertParallelMoE, Pass, Recorded, TopK, TopKRouter
+from eplb_rs.moe.move import ExpertMover, MoveError, MoveStats, StoreLostError
+from eplb_rs.moe.rebalance import (
+    MoveCost,
+    PrometheusCollector,
+    RebalancedLayer,
+    Rebalancer,
+    RebalancerMetrics,
+    RebalancerSettings,
+    RebalancerState,
+)
 from eplb_rs.moe.routing import (
     Routed,
     RoutingRule,
@@ -11,6 +19,7 @@ from eplb_rs.moe.routing import (
     predicted_tokens,
     routing_rows,
 )
+from eplb_rs.moe.sites import Sites
 from eplb_rs.moe.training import sum_replica_gradients, with_optimizer_state
 from eplb_rs.moe.weights import ExpertField, ExpertWeights, checksum, slots_of
 
@@ -22,13 +31,22 @@ __all__ = [
     "ExpertParallelMoE",
     "ExpertWeights",
     "Layout",
+    "MoveCost",
     "MoveError",
     "MoveStats",
     "Pass",
+    "PrometheusCollector",
+    "RebalancedLayer",
+    "Rebalancer",
+    "RebalancerMetrics",
+    "RebalancerSettings",
+    "RebalancerState",
+    "Recorded",
     "Routed",
     "RoutingRule",
     "RoutingTable",
     "Sites",
+    "StoreLostError",
     "TopK",
     "TopKRouter",
     "checksum",

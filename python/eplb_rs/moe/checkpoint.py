@@ -202,6 +202,23 @@ class Checkpoint:
                         for slot in slots:
                             part.of_slot(weights[layer][part.field][slot]).copy_(source)
 
+    def read_expert(self, layer_id: int, expert: int, into: Mapping[str, Tensor]) -> None:
+        """Reads one expert: one that was lost with its rank, for a mover's ``load``.
+
+        Args:
+            layer_id: The layer, as the model counts.
+            expert: The expert.
+            into: What to fill, by field.
+
+        Raises:
+            InvalidInputError: ``missing_tensor``. Nothing is changed then.
+        """
+        self._check_held(layer_id, expert)
+        with ExitStack() as files:
+            opened: dict[Path, Any] = {}
+            for name, part in self._tensors(layer_id, expert):
+                part.of_slot(into[part.field]).copy_(self._read(name, opened, files))
+
     def _tensors(self, layer_id: int, expert: int) -> Iterator[tuple[str, _Part]]:
         for field in self.fields:
             projections, kind = self.layout.parts(field.name)
@@ -216,19 +233,21 @@ class Checkpoint:
         for slot, expert in enumerate(plan.phy2log[layer, here.start : here.stop].tolist()):
             if expert >= 0:
                 held.setdefault(expert, []).append(slot)
-        wanted = set(self._shapes)
         for expert in held:
-            lacking = sorted(wanted - self._found.get((layer_id, expert), set()))
-            if lacking:
-                name = self.layout.name(layer_id, expert, *lacking[0])
-                raise InvalidInputError(
-                    code="missing_tensor",
-                    argument="plan",
-                    got=f"expert {expert} of layer {layer_id}, but no {name}",
-                    expected="experts that the checkpoint holds whole",
-                    hint=f"it has {self.num_experts} experts in layers {_listed(self.layer_ids)}",
-                )
+            self._check_held(layer_id, expert)
         return held
+
+    def _check_held(self, layer_id: int, expert: int) -> None:
+        lacking = sorted(set(self._shapes) - self._found.get((layer_id, expert), set()))
+        if lacking:
+            name = self.layout.name(layer_id, expert, *lacking[0])
+            raise InvalidInputError(
+                code="missing_tensor",
+                argument="plan",
+                got=f"expert {expert} of layer {layer_id}, but no {name}",
+                expected="experts that the checkpoint holds whole",
+                hint=f"it has {self.num_experts} experts in layers {_listed(self.layer_ids)}",
+            )
 
     def _check(self, weights: ExpertWeights, plan: Plan, here: range) -> None:
         got = {field.name: field for field in weights.fields}

@@ -9,118 +9,51 @@ at this rank's experts, H hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed
 
-from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe.experts import Groups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eplb_rs.plan import Plan
+    from eplb_rs.moe.rows import RowFunctions
+    from eplb_rs.moe.sites import Sites
 
-__all__ = ["CapacityExchange", "Exchange", "Flight", "Sites", "UnevenExchange"]
-
-
-@dataclass(frozen=True)
-class Sites:
-    """The ranks of a group and their slots.
-
-    Attributes:
-        group: The ranks; rank r of it holds the slots of the plan's rank r.
-        slots: How many slots each rank has.
-        device: Where rows are.
-    """
-
-    group: distributed.ProcessGroup
-    slots: tuple[int, ...]
-    device: torch.device
-
-    @classmethod
-    def of(
-        cls,
-        plan: Plan,
-        group: distributed.ProcessGroup | None = None,
-        device: torch.device | str = "cpu",
-    ) -> Sites:
-        """Those of a plan.
-
-        Args:
-            plan: Where experts live.
-            group: The ranks; by default all of torch.distributed's.
-            device: Where rows are.
-
-        Raises:
-            InvalidInputError: ``wrong_shape`` if the group has another number of ranks.
-        """
-        group = group or distributed.group.WORLD
-        if group is None or group.size() != plan.topology.num_gpus:
-            raise InvalidInputError(
-                code="wrong_shape",
-                argument="group",
-                got="none" if group is None else f"{group.size()} ranks",
-                expected=f"{plan.topology.num_gpus} ranks, as the plan has",
-            )
-        return cls(group, tuple(plan.topology.slots), torch.device(device))
-
-    @property
-    def rank(self) -> int:
-        """This rank."""
-        return self.group.rank()
-
-    @property
-    def first_slot(self) -> int:
-        """The first slot of this rank in the numbering of the plan."""
-        return sum(self.slots[: self.rank])
-
-    @property
-    def num_slots(self) -> int:
-        """S."""
-        return self.slots[self.rank]
-
-    @cached_property
-    def first_slots(self) -> Tensor:
-        """`[D]`, the first slot of each rank."""
-        return torch.tensor(_begins(self.slots), device=self.device)
-
-    @cached_property
-    def slot_ranks(self) -> Tensor:
-        """`[R]`, the rank of each slot."""
-        ranks = torch.arange(len(self.slots))
-        return torch.repeat_interleave(ranks, torch.tensor(self.slots)).to(self.device)
+__all__ = ["CapacityExchange", "Exchange", "Flight", "UnevenExchange"]
 
 
 class Flight:
-    """Rows on their way; :meth:`land` gives them in order."""
+    """Rows on their way."""
 
-    def __init__(
-        self, work: distributed.Work | None, rows: Tensor, order: Tensor, gaps: bool
-    ) -> None:
-        self._work, self._rows, self._order, self._gaps = work, rows, order, gaps
+    def __init__(self, work: distributed.Work | None, buffer: Tensor) -> None:
+        self._work, self._buffer = work, buffer
 
     def land(self) -> Tensor:
-        """Waits for the rows (on a GPU: makes the current stream wait)."""
+        """Waits for the rows (on a GPU: makes the current stream wait), in order of arrival."""
         if self._work is not None:
             self._work.wait()
             self._work = None
-        return _taken(self._rows, self._order, self._gaps)
+        return self._buffer
 
 
 class Exchange:
     """Where the rows of one pass through one layer go; see the two ways to make one.
 
+    Rows go from tokens to experts and back in that order or the other: what begins with `to_` is
+    sent off and lands as it arrives, and what ends in `_landed` makes use of it.
+
     Attributes:
         groups: Which of the N rows here belong to which slot.
+        sent_R: `[R]` int64 on the device, how many rows this rank has for each slot.
     """
 
     groups: Groups
+    sent_R: Tensor
     _sites: Sites
+    _rows: RowFunctions
     _sent_M: Tensor
     """`[M]`, which of the T*K rows stands at each place of the send buffer."""
     _place_TK: Tensor
@@ -132,33 +65,38 @@ class Exchange:
     _gaps: tuple[bool, bool, bool]
     """Whether some of `_sent_M`, `_place_TK`, `_arrived_N` point behind the last row."""
 
-    def to_experts(self, rows: Tensor) -> Flight:
-        """Starts rows to their experts.
+    def to_experts(self, x_TH: Tensor) -> Flight:
+        """Starts each token's row to its experts."""
+        choices = self._place_TK.shape[1]
+        sent = self._rows.gather(x_TH, self._sent_M, gaps=self._gaps[0], share=choices)
+        return self._all_to_all(sent, back=False)
 
-        Args:
-            rows: `[T, H]`, one for each token, or `[T, K, H]`, one for each token and expert.
-
-        Returns:
-            `[N, H]` in flight, grouped by slot; zeros where a group is filled up.
-        """
-        index = self._sent_M
-        if rows.ndim == 2:
-            index = index // self._place_TK.shape[1]
-        else:
-            rows = rows.flatten(0, 1)
-        buffer, work = self._all_to_all(_taken(rows, index, self._gaps[0]), back=False)
-        return Flight(work, buffer, self._arrived_N, self._gaps[2])
+    def experts_landed(self, flight: Flight) -> Tensor:
+        """Waits: `[N, H]`, grouped by slot; zeros where a group is filled up."""
+        return self._rows.gather(flight.land(), self._arrived_N, gaps=self._gaps[2])
 
     def to_tokens(self, rows_NH: Tensor) -> Flight:
-        """Starts rows back to their tokens.
+        """Starts rows back to their tokens."""
+        return self._all_to_all(self._rows.gather(rows_NH, self._back_A, gaps=False), back=True)
+
+    def tokens_landed(self, landed: Tensor, gate_TK: Tensor | None) -> Tensor:
+        """Adds what has landed for each token, in order of k, times its gates: `[T, H]`."""
+        return self._rows.weighted_sum(landed, self._place_TK, gate_TK, gaps=self._gaps[1])
+
+    def spread_to_experts(
+        self, grad_TH: Tensor, gate_TK: Tensor, landed: Tensor
+    ) -> tuple[Flight, Tensor]:
+        """The backward of :meth:`tokens_landed`: starts the gradients of the rows to their experts.
 
         Returns:
-            `[T, K, H]` in flight, zeros where a token chose no expert.
+            Them, and the gradient of the gates, `[T, K]`.
         """
-        buffer, work = self._all_to_all(rows_NH[self._back_A], back=True)
-        return Flight(work, buffer, self._place_TK, self._gaps[1])
+        grads, gate_grad = self._rows.spread(
+            grad_TH, gate_TK, landed, self._place_TK, gaps=self._gaps[1]
+        )
+        return self._all_to_all(grads, back=False), gate_grad
 
-    def _all_to_all(self, rows: Tensor, *, back: bool) -> tuple[Tensor, distributed.Work | None]:
+    def _all_to_all(self, sent: Tensor, *, back: bool) -> Flight:
         raise NotImplementedError
 
 
@@ -166,20 +104,23 @@ class UnevenExchange(Exchange):
     """As many rows as there are. The host learns the sizes: the one time it waits for the device.
 
     Args:
-        slot_TK: `[T, K]`, the slot of each row in the numbering of the plan, -1 for none.
+        slot_TK: `[T, K]`, the slot of each row, as the sites count them, -1 for none.
         sites: Who takes part. A collective call: all ranks make theirs at once.
+        rows: What gathers and adds.
         multiple: Each group is filled up with zero rows to a multiple of this.
 
     Cost: one all-to-all of R counts, one wait, one sort.
     """
 
-    def __init__(self, slot_TK: Tensor, sites: Sites, *, multiple: int = 1) -> None:
-        self._sites = sites
+    def __init__(
+        self, slot_TK: Tensor, sites: Sites, rows: RowFunctions, *, multiple: int = 1
+    ) -> None:
+        self._sites, self._rows = sites, rows
         device = sites.device
         num_slots, here = sum(sites.slots), sites.num_slots
         ranks = len(sites.slots)
         slot_M, order, begin_R1 = _by_slot(slot_TK, num_slots)
-        counts_R = begin_R1.diff()
+        self.sent_R = counts_R = begin_R1.diff()
         counts_DS = torch.empty(ranks * here, dtype=torch.int64, device=device)
         distributed.all_to_all_single(
             counts_DS, counts_R, [here] * ranks, list(sites.slots), group=sites.group
@@ -205,13 +146,13 @@ class UnevenExchange(Exchange):
         self._gaps = (False, num_sent < slot_M.numel(), num_got < sum(sizes))
         self.groups = Groups(ends_S.int(), sizes)
 
-    def _all_to_all(self, rows: Tensor, *, back: bool) -> tuple[Tensor, distributed.Work | None]:
+    def _all_to_all(self, sent: Tensor, *, back: bool) -> Flight:
         to, here = (self._from, self._to) if back else (self._to, self._from)
-        buffer = rows.new_empty(sum(here), *rows.shape[1:])
+        buffer = sent.new_empty(sum(here), *sent.shape[1:])
         work = distributed.all_to_all_single(
-            buffer, rows, here, to, group=self._sites.group, async_op=True
+            buffer, sent, here, to, group=self._sites.group, async_op=True
         )
-        return buffer, work
+        return Flight(work, buffer)
 
 
 class CapacityExchange(Exchange):
@@ -220,19 +161,28 @@ class CapacityExchange(Exchange):
     look (:meth:`ExpertParallelMoE.raise_on_overflow`).
 
     Args:
-        slot_TK: `[T, K]`, the slot of each row in the numbering of the plan, -1 for none.
+        slot_TK: `[T, K]`, the slot of each row, as the sites count them, -1 for none.
         sites: Who takes part. A collective call: all ranks make theirs at once.
+        rows: What gathers and adds.
         capacity: Rows from each rank to each other.
         overflow: One number on the device: gets the rows that did not fit, on any rank, added.
 
     Memory: `D * capacity` rows at both ends, whatever is sent.
     """
 
-    def __init__(self, slot_TK: Tensor, sites: Sites, capacity: int, overflow: Tensor) -> None:
-        self._sites = sites
+    def __init__(
+        self,
+        slot_TK: Tensor,
+        sites: Sites,
+        rows: RowFunctions,
+        capacity: int,
+        overflow: Tensor,
+    ) -> None:
+        self._sites, self._rows = sites, rows
         device = sites.device
         ranks = len(sites.slots)
         slot_M, order, begin_R1 = _by_slot(slot_TK, sum(sites.slots))
+        self.sent_R = begin_R1.diff()
         sorted_slot = slot_M[order]
         chosen = sorted_slot < len(sites.slot_ranks)
         rank_M = sites.slot_ranks[sorted_slot.clamp(max=len(sites.slot_ranks) - 1)]
@@ -266,31 +216,21 @@ class CapacityExchange(Exchange):
         slots = torch.arange(sites.num_slots, device=device)
         self.groups = Groups(torch.searchsorted(in_order, slots, right=True).int(), None)
 
-    def _all_to_all(self, rows: Tensor, *, back: bool) -> tuple[Tensor, distributed.Work | None]:
+    def _all_to_all(self, sent: Tensor, *, back: bool) -> Flight:
         del back  # both ways are alike
-        buffer = torch.empty_like(rows)
-        work = distributed.all_to_all_single(buffer, rows, group=self._sites.group, async_op=True)
-        return buffer, work
+        buffer = torch.empty_like(sent)
+        work = distributed.all_to_all_single(buffer, sent, group=self._sites.group, async_op=True)
+        return Flight(work, buffer)
 
 
 def _by_slot(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
     """Slots with none behind all; the rows by slot, then by token; where each slot's begin."""
     slot_M = slot_TK.flatten()
     slot_M = torch.where(slot_M < 0, num_slots, slot_M)
-    ordered, order = torch.sort(slot_M, stable=True)
-    slots = torch.arange(num_slots + 1, device=slot_M.device)
+    # A radix sort takes a pass for each byte.
+    ordered, order = torch.sort(slot_M.int(), stable=True)
+    slots = torch.arange(num_slots + 1, dtype=torch.int32, device=slot_M.device)
     return slot_M, order, torch.searchsorted(ordered, slots)
-
-
-def _taken(rows: Tensor, index: Tensor, gaps: bool) -> Tensor:
-    """The rows at an index of any shape; zeros where it points behind the last, if it may."""
-    if not gaps:
-        return rows[index]
-    if len(rows) == 0:
-        return rows.new_zeros(*index.shape, *rows.shape[1:])
-    behind = index >= len(rows)
-    found = rows[index.clamp(max=len(rows) - 1)]
-    return found.masked_fill_(behind.view(*index.shape, *[1] * (rows.ndim - 1)), 0)
 
 
 def _inverse(index: Tensor, size: int, *, missing: int) -> Tensor:
@@ -298,11 +238,6 @@ def _inverse(index: Tensor, size: int, *, missing: int) -> Tensor:
     inverse = torch.full((size,), missing, dtype=torch.int64, device=index.device)
     inverse[index] = torch.arange(len(index), device=index.device)
     return inverse
-
-
-def _begins(sizes: Sequence[int]) -> list[int]:
-    """Where each of these begins, one behind the other."""
-    return [0, *accumulate(sizes)][:-1]
 
 
 def _sums(counts: Sequence[int], sizes: Sequence[int]) -> list[int]:

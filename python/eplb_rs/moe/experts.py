@@ -9,18 +9,18 @@ Letters: N rows on this rank, S slots, H hidden size, I intermediate size.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["Activation", "ExpertsBackward", "Groups", "experts_backward", "experts_forward"]
+    from eplb_rs.moe.rows import Activation, RowFunctions
 
-Activation: TypeAlias = Literal["silu", "relu", "gelu"]
+__all__ = ["ExpertsBackward", "Groups", "experts_backward", "experts_forward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,7 @@ def experts_forward(
     gate_up: Tensor,
     down: Tensor,
     groups: Groups,
+    rows: RowFunctions,
     activation: Activation = "silu",
 ) -> tuple[Tensor, Tensor]:
     """`down(activation(gate(x)) * up(x))` of each row's expert.
@@ -57,13 +58,14 @@ def experts_forward(
         gate_up: `[S, 2I, H]`, gate above up.
         down: `[S, H, I]`.
         groups: Which rows belong to which slot.
+        rows: What activates.
         activation: Of the gate.
 
     Returns:
         `[N, H]`, and `[N, 2I]`, gate and up before the activation, for the backward.
     """
     inner = _grouped(rows_NH, gate_up, groups)
-    return _grouped(_hidden(inner, activation), down, groups), inner
+    return _grouped(rows.gated(inner, activation), down, groups), inner
 
 
 @dataclass(slots=True)
@@ -96,45 +98,14 @@ def experts_backward(
     gate_up: Tensor,
     down: Tensor,
     groups: Groups,
+    rows: RowFunctions,
     activation: Activation = "silu",
 ) -> ExpertsBackward:
     """The part of the backward that gives the rows' gradient; `weights()` of it is the rest."""
-    hidden = _hidden(inner, activation)
     grad_hidden = _grouped(grad_NH, down.transpose(1, 2), groups)
-    gate, up = inner.chunk(2, dim=1)
-    grad_inner = torch.cat(
-        (
-            _activation_backward(grad_hidden * up, gate, activation),
-            grad_hidden * _ACTIVATIONS[activation](gate),
-        ),
-        dim=1,
-    )
+    hidden, grad_inner = rows.gated_backward(grad_hidden, inner, activation)
     grad_rows = _grouped(grad_inner, gate_up.transpose(1, 2), groups)
     return ExpertsBackward(grad_rows, rows_NH, hidden, grad_inner, grad_NH, groups)
-
-
-_ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "silu": functional.silu,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-}
-
-
-def _activation_backward(grad: Tensor, gate: Tensor, activation: Activation) -> Tensor:
-    aten: Any = torch.ops.aten
-    result: Tensor
-    if activation == "silu":
-        result = aten.silu_backward(grad, gate)
-    elif activation == "relu":
-        result = aten.threshold_backward(grad, gate, 0)
-    else:
-        result = aten.gelu_backward(grad, gate)
-    return result
-
-
-def _hidden(inner: Tensor, activation: Activation) -> Tensor:
-    gate, up = inner.chunk(2, dim=1)
-    return _ACTIVATIONS[activation](gate) * up
 
 
 def _in_one(rows: Tensor, *widths: int) -> bool:

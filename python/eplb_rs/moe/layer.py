@@ -6,15 +6,21 @@ experts, S slots of this rank, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from eplb_rs._inputs import as_count
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, Sites, UnevenExchange
-from eplb_rs.moe.experts import Activation, ExpertsBackward, experts_backward, experts_forward
+from eplb_rs.moe import rows as plain
+from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, UnevenExchange
+from eplb_rs.moe.experts import ExpertsBackward, experts_backward, experts_forward
+from eplb_rs.moe.fit import check_fused, check_plan, check_routed, check_weights
 from eplb_rs.moe.routing import RoutingTable, routing_rows
+from eplb_rs.moe.rows import Activation
+from eplb_rs.moe.sites import Sites
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,9 +28,19 @@ if TYPE_CHECKING:
     from torch import distributed
 
     from eplb_rs.moe.routing import RoutingRule
+    from eplb_rs.moe.rows import RowFunctions
     from eplb_rs.plan import Plan
 
-__all__ = ["ExpertParallelMoE", "Pass", "TopK", "TopKRouter"]
+__all__ = ["ExpertParallelMoE", "Pass", "Recorded", "TopK", "TopKRouter"]
+
+
+class Recorded(NamedTuple):
+    """The load of some passes, as one rank has routed it."""
+
+    expert_E: Tensor
+    """`[E]` int64 on the device, its tokens for each logical expert."""
+    slot_R: Tensor | None
+    """`[R]` int64 on the device, its tokens for each slot of all ranks, where they are counted."""
 
 
 class TopK(NamedTuple):
@@ -59,6 +75,13 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not 1 <= top_k <= num_experts:
+            raise InvalidInputError(
+                code="out_of_range",
+                argument="top_k",
+                got=str(top_k),
+                expected=f"1 to {num_experts}, the number of experts",
+            )
         self.top_k = top_k
         self.score = nn.Linear(hidden_size, num_experts, bias=False, device=device, dtype=dtype)
 
@@ -78,10 +101,12 @@ class ExpertParallelMoE(nn.Module):
         router: Chooses experts: a :class:`TopKRouter`, or what returns the like.
         weights: This rank's experts of this layer, from
             :class:`~eplb_rs.moe.weights.ExpertWeights`: ``gate_up.weight`` `[S, 2I, H]` and
-            ``down.weight`` `[S, H, I]`. They become parameters and share memory.
+            ``down.weight`` `[S, H, I]`, of one floating dtype. They become parameters and share
+            memory.
         plan: Where experts live.
         layer: Which layer of the plan this is, counted from 0.
-        group: The ranks; by default all of torch.distributed's.
+        group: The ranks, or those of the plan that are not dead; by default all of
+            torch.distributed's.
         routing: How tokens are split over replicas; see
             :func:`~eplb_rs.moe.routing.routing_rows`.
         activation: Of the gate.
@@ -89,22 +114,27 @@ class ExpertParallelMoE(nn.Module):
         capacity: ``None`` exchanges as many rows as there are, and waits for the device once, to
             learn how many. A number makes room for so many rows from each rank to each other and
             waits for nothing: for CUDA graphs.
+        fused: Gathers, adds and activates in one triton kernel each, on CUDA GPUs.
         row_multiple: Fills each expert's rows up with zeros to a multiple of this: a product of
             few rows may differ in its last bits from the same rows in a larger one.
-        max_replicas: The most replicas of an expert that later plans may have; 16 places of a
-            routing row are kept at least.
+        max_replicas: The most replicas of an expert that later plans may have; by default as many
+            as slots allow. 16 places of a routing row are kept at least.
 
     Raises:
         InvalidInputError: ``wrong_shape`` for weights or a group that do not fit the plan;
-            ``out_of_range`` for a layer; ``not_positive`` for a capacity; as
-            :func:`~eplb_rs.moe.routing.routing_rows` for the routing.
+            ``unknown`` for further tensors, scales say, or an activation; ``wrong_dtype`` or
+            ``inconsistent`` for weights, or kernels that are not for them; ``out_of_range`` for a layer; ``not_positive`` or
+            ``not_integer`` for a count; as :func:`~eplb_rs.moe.routing.routing_rows` for the
+            routing.
 
     Attributes:
         load_E: `[E]` int64 on the device, tokens that this rank has routed to each logical expert
             since it was last set to zero.
+        slot_load_R: `[R]` int64, the same for each slot, as :class:`~eplb_rs.moe.Sites` counts them.
     """
 
     load_E: Tensor
+    slot_load_R: Tensor
     overflow: Tensor
 
     def __init__(
@@ -119,34 +149,32 @@ class ExpertParallelMoE(nn.Module):
         activation: Activation = "silu",
         shared: nn.Module | None = None,
         capacity: int | None = None,
+        fused: bool = False,
         row_multiple: int = 1,
-        max_replicas: int = 16,
+        max_replicas: int | None = None,
     ) -> None:
         super().__init__()
-        gate_up, down = weights["gate_up.weight"], weights["down.weight"]
+        check_plan(plan, layer)
+        sites = Sites.of(plan, group)
+        gate_up, down = check_weights(weights, sites.num_slots)
         device = gate_up.device
-        self.sites = Sites.of(plan, group, device)
-        if len(gate_up) != self.sites.num_slots or len(down) != len(gate_up):
+        self.sites = replace(sites, device=device)
+        if activation not in get_args(Activation):
             raise InvalidInputError(
-                code="wrong_shape",
-                argument="weights",
-                got=f"{len(gate_up)} and {len(down)} slots",
-                expected=f"{self.sites.num_slots} slots, as rank {self.sites.rank} of the plan has",
+                code="unknown",
+                argument="activation",
+                got=repr(activation),
+                expected=" or ".join(map(repr, get_args(Activation))),
             )
-        if not 0 <= layer < plan.num_layers:
-            raise InvalidInputError(
-                code="out_of_range",
-                argument="layer",
-                got=str(layer),
-                expected=f"a layer of the plan, 0 to {plan.num_layers - 1}",
-            )
-        if capacity is not None and capacity < 1:
-            raise InvalidInputError(
-                code="not_positive",
-                argument="capacity",
-                got=str(capacity),
-                expected="at least 1",
-            )
+        if capacity is not None:
+            capacity = as_count(capacity, "capacity")
+        row_multiple = as_count(row_multiple, "row_multiple")
+        self.rows: RowFunctions = plain
+        if fused:
+            check_fused(gate_up)
+            from eplb_rs.moe import kernels
+
+            self.rows = kernels
         self.router = router
         self.gate_up, self.down = nn.Parameter(gate_up), nn.Parameter(down)
         self.shared = shared
@@ -154,11 +182,12 @@ class ExpertParallelMoE(nn.Module):
         self.activation: Activation = activation
         self.capacity = capacity
         self.row_multiple = row_multiple
-        width = max(16, max_replicas, plan.log2phy.shape[2])
+        num_slots = plan.topology.num_slots
+        most = num_slots - plan.num_experts + 1 if max_replicas is None else max_replicas
+        width = max(16, most, plan.log2phy.shape[2])
         self.table = RoutingTable(plan.num_experts, width, device=device)
-        self.register_buffer(
-            "load_E", torch.zeros(plan.num_experts, dtype=torch.int64, device=device), False
-        )
+        for name, size in (("load_E", plan.num_experts), ("slot_load_R", num_slots)):
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int64, device=device), False)
         self.register_buffer("overflow", torch.zeros((), dtype=torch.int64, device=device), False)
         self.follow(plan, routing)
 
@@ -166,11 +195,66 @@ class ExpertParallelMoE(nn.Module):
         """Routes by another plan from the next forward on; its weights must be in place by then.
 
         Raises:
-            InvalidInputError: As :func:`~eplb_rs.moe.routing.routing_rows`; ``too_large`` for an
-                expert with more replicas than ``max_replicas``. Routing stays as it was.
+            InvalidInputError: As :func:`~eplb_rs.moe.routing.routing_rows`; ``wrong_shape`` for a
+                plan of other experts or slots; ``too_large`` for an expert with more replicas than
+                ``max_replicas``. Routing stays as it was.
         """
-        rows, lengths = routing_rows(plan, self.sites.rank, routing)
-        self.table.update(rows[self.layer], lengths[self.layer])
+        check_plan(plan, self.layer, like=(len(self.load_E), self.sites.plan_slots))
+        if Sites.of(plan, self.sites.group).ranks != self.sites.ranks:
+            raise InvalidInputError(
+                code="wrong_shape",
+                argument="plan",
+                got=f"a plan with ranks {plan.topology.dead} dead",
+                expected=f"one that ranks {list(self.sites.ranks)} serve",
+                hint="`regroup` goes on with other ranks",
+            )
+        rows, lengths = routing_rows(plan, self.sites.rank, routing, layer=self.layer)
+        self.table.update(self.sites.numbers[rows[0]], lengths[0])
+
+    def regroup(
+        self,
+        plan: Plan,
+        group: distributed.ProcessGroup | None = None,
+        routing: RoutingRule = "uniform",
+    ) -> None:
+        """Goes on with other ranks: those that are left when some are lost, or have come back.
+
+        Ranks keep their numbers and slots; those of the plan that are dead have no process in the
+        group. What was recorded is forgotten, and CUDA graphs are to be captured anew.
+
+        Args:
+            plan: Where experts live now; its weights must be in place.
+            group: The processes, in order of rank.
+            routing: As for :meth:`follow`.
+
+        Raises:
+            InvalidInputError: As :meth:`follow`; ``wrong_shape`` for a group that does not fit.
+        """
+        check_plan(plan, self.layer, like=(len(self.load_E), self.sites.plan_slots))
+        before = self.sites
+        self.sites = Sites.of(plan, group, before.device)
+        try:
+            self.follow(plan, routing)
+        except InvalidInputError:
+            self.sites = before
+            raise
+        self.load_E.zero_()
+        self.slot_load_R.zero_()
+
+    @property
+    def max_replicas(self) -> int:
+        """The most replicas of an expert that a plan to follow may have."""
+        return self.table.row_EW.shape[1]
+
+    def record(self) -> Recorded:
+        """The load since it was last asked for, which begins anew. Waits for nothing."""
+        present = self.sites.present
+        slot_R = torch.zeros_like(self.slot_load_R)
+        slot_R[present] = self.slot_load_R[: len(present)]
+        recorded = Recorded(self.load_E.clone(), slot_R)
+        self.load_E.zero_()
+        self.slot_load_R.zero_()
+        return recorded
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens through their experts.
@@ -182,11 +266,15 @@ class ExpertParallelMoE(nn.Module):
             The same shape.
 
         Raises:
+            InvalidInputError: ``wrong_shape``, ``wrong_dtype`` or ``inconsistent`` for tokens or
+                choices that do not fit; on a CPU ``out_of_range`` for an expert. On this rank
+                alone, before it sends anything: the others wait.
             OverflowError: With a capacity, on all ranks alike, where more rows came than fit; but
                 not while a CUDA graph is captured: then :meth:`raise_on_overflow` tells.
         """
         x_TH = x.reshape(-1, x.shape[-1])
         gate_TK, expert_TK = self.router(x_TH)
+        gate_TK = gate_TK.to(x_TH.dtype)
         made = self.begin(x_TH, gate_TK, expert_TK)
         out: Tensor = _Whole.apply(x_TH, gate_TK, self.gate_up, self.down, made)
         if self.shared is not None:
@@ -198,15 +286,19 @@ class ExpertParallelMoE(nn.Module):
 
         Records the load and settles where rows go, a collective call.
         """
-        slot_TK, count_E = self.table.route(expert_TK)
+        check_routed(x_TH, gate_TK, expert_TK, self.gate_up, len(self.load_E))
+        slot_TK, count_E = self.table.route(expert_TK.long())
         self.load_E += count_E
         exchange: Exchange
         if self.capacity is None:
-            exchange = UnevenExchange(slot_TK, self.sites, multiple=self.row_multiple)
+            exchange = UnevenExchange(slot_TK, self.sites, self.rows, multiple=self.row_multiple)
         else:
-            exchange = CapacityExchange(slot_TK, self.sites, self.capacity, self.overflow)
+            exchange = CapacityExchange(
+                slot_TK, self.sites, self.rows, self.capacity, self.overflow
+            )
             if not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self.raise_on_overflow()
+        self.slot_load_R[: len(exchange.sent_R)] += exchange.sent_R
         return Pass(self, exchange, x_TH.detach(), gate_TK.detach())
 
     def raise_on_overflow(self) -> None:
@@ -246,6 +338,14 @@ class Pass:
         self._half: ExpertsBackward | None = None
         self._gate_grad: Tensor | None = None
 
+    @property
+    def rows_by_slot(self) -> Tensor:
+        """`[S]` int32 on the device, how many rows each slot of this rank gets in this pass, with
+        those that fill it up to ``row_multiple``. Known once the layer's ``begin`` has returned;
+        waits for nothing."""
+        end_S = self._exchange.groups.end_S
+        return end_S.diff(prepend=end_S.new_zeros(1))
+
     @torch.no_grad()
     def dispatch(self) -> None:
         """Starts the tokens to their experts."""
@@ -255,9 +355,14 @@ class Pass:
     def experts(self) -> None:
         """Waits for the rows and computes."""
         layer = self._layer
-        self._rows = self._landed()
+        self._rows = self._exchange.experts_landed(self._landing())
         self._out, self._inner = experts_forward(
-            self._rows, layer.gate_up, layer.down, self._exchange.groups, layer.activation
+            self._rows,
+            layer.gate_up,
+            layer.down,
+            self._exchange.groups,
+            layer.rows,
+            layer.activation,
         )
 
     @torch.no_grad()
@@ -269,30 +374,34 @@ class Pass:
     @torch.no_grad()
     def output(self) -> Tensor:
         """Waits for the results and adds each token's, in order of k: `[T, H]`."""
-        self._back = self._landed()
-        return _in_order(self._back, self._gates)
+        self._back = self._landing().land()
+        return self._exchange.tokens_landed(self._back, self._gates)
 
     @torch.no_grad()
     def combine_backward(self, grad_TH: Tensor) -> None:
         """Starts the gradients of the results to the experts."""
-        assert self._back is not None, "after output()"
-        self._gate_grad = torch.einsum("th,tkh->tk", grad_TH, self._back)
+        _check_order(self._back is not None, "combine_backward", "output(), once")
+        assert self._back is not None
+        self._flight, self._gate_grad = self._exchange.spread_to_experts(
+            grad_TH, self._gates, self._back
+        )
         self._back = None
-        self._flight = self._exchange.to_experts(grad_TH[:, None] * self._gates[..., None])
 
     @torch.no_grad()
     def experts_backward(self) -> None:
         """Waits for them and computes the gradients of the rows."""
-        assert self._rows is not None, "after experts()"
-        assert self._inner is not None, "after experts()"
+        _check_order(self._rows is not None, "experts_backward", "experts(), once")
+        assert self._rows is not None
+        assert self._inner is not None
         layer = self._layer
         self._half = experts_backward(
-            self._landed(),
+            self._exchange.experts_landed(self._landing()),
             self._rows,
             self._inner,
             layer.gate_up,
             layer.down,
             self._exchange.groups,
+            layer.rows,
             layer.activation,
         )
         self._rows = self._inner = None
@@ -300,41 +409,43 @@ class Pass:
     @torch.no_grad()
     def dispatch_backward(self) -> None:
         """Starts the gradients of the rows back to their tokens."""
-        assert self._half is not None, "after experts_backward()"
+        _check_order(self._half is not None, "dispatch_backward", "experts_backward()")
+        assert self._half is not None
         self._flight = self._exchange.to_tokens(self._half.grad_rows_NH)
 
     @torch.no_grad()
     def input_grad(self) -> tuple[Tensor, Tensor]:
         """Waits for them: the gradients of tokens, `[T, H]`, and gates, `[T, K]`."""
-        assert self._gate_grad is not None, "after combine_backward()"
-        return _in_order(self._landed(), None), self._gate_grad
+        _check_order(self._gate_grad is not None, "input_grad", "combine_backward()")
+        assert self._gate_grad is not None
+        grads = self._landing().land()
+        return self._exchange.tokens_landed(grads, None), self._gate_grad
 
     @torch.no_grad()
     def weight_grads(self) -> tuple[Tensor, Tensor]:
         """The gradients of the layer's `gate_up` and `down`; frees what they need."""
-        assert self._half is not None, "once, after experts_backward()"
+        _check_order(self._half is not None, "weight_grads", "experts_backward(), once")
+        assert self._half is not None
         grads = self._half.weights()
         self._half = None
         return grads
 
-    def _landed(self) -> Tensor:
-        assert self._flight is not None, "no exchange is under way"
-        rows = self._flight.land()
-        self._flight = None
-        return rows
+    def _landing(self) -> Flight:
+        _check_order(self._flight is not None, "a phase that waits", "the one that sends, once")
+        assert self._flight is not None
+        flight, self._flight = self._flight, None
+        return flight
 
 
-def _in_order(rows_TKH: Tensor, gate_TK: Tensor | None) -> Tensor:
-    """The weighted sum over K, first to last, whatever the size: the same bits everywhere."""
-    if gate_TK is None:
-        total = rows_TKH[:, 0].clone()
-        for k in range(1, rows_TKH.shape[1]):
-            total += rows_TKH[:, k]
-        return total
-    total = rows_TKH[:, 0] * gate_TK[:, :1]
-    for k in range(1, rows_TKH.shape[1]):
-        total += rows_TKH[:, k] * gate_TK[:, k : k + 1]
-    return total
+def _check_order(good: bool, phase: str, after: str) -> None:
+    if not good:
+        raise InvalidInputError(
+            code="wrong_order",
+            argument="phase",
+            got=phase,
+            expected=f"called after {after}",
+            hint="a pass goes forward once and backward once",
+        )
 
 
 class _Whole(torch.autograd.Function):

@@ -13,6 +13,7 @@ token.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -36,7 +37,12 @@ Rows: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 def routing_rows(
-    plan: Plan, source: int, rule: RoutingRule = "uniform", *, width: int = 16
+    plan: Plan,
+    source: int,
+    rule: RoutingRule = "uniform",
+    *,
+    width: int = 16,
+    layer: int | None = None,
 ) -> Rows:
     """The rows of slots that tokens of a source rank go to.
 
@@ -47,13 +53,17 @@ def routing_rows(
             they hold.
         width: For shares, the most places of a row: shares are rounded to so many parts, or to
             fewer where these come nearer.
+        layer: The one whose rows are wanted, counted from 0; L is 1 then. By default all.
 
     Returns:
         `[L, E, W]`, slots, -1 behind the end of a row; and `[L, E]`, how long each row is.
 
     Raises:
-        InvalidInputError: ``unknown`` for a rule, ``out_of_range`` for a rank, ``wrong_shape`` for
-            shares of another placement, ``not_positive`` for the width.
+        InvalidInputError: ``unknown`` for a rule, ``out_of_range`` for a rank or layer,
+            ``wrong_shape`` for shares of another placement, ``not_positive`` for the width.
+
+    Cost: for 58 layers of 256 experts 5 to 30 ms; for one of them 0.2 ms, with shares
+    0.6 ms.
     """
     topology = plan.topology
     if not 0 <= source < topology.num_gpus:
@@ -63,7 +73,15 @@ def routing_rows(
             got=str(source),
             expected=f"a rank of the plan, 0 to {topology.num_gpus - 1}",
         )
-    slots = plan.log2phy
+    if layer is not None and not 0 <= layer < plan.num_layers:
+        raise InvalidInputError(
+            code="out_of_range",
+            argument="layer",
+            got=str(layer),
+            expected=f"a layer of the plan, 0 to {plan.num_layers - 1}",
+        )
+    which = slice(None) if layer is None else slice(layer, layer + 1)
+    slots = plan.log2phy[which]
     if isinstance(rule, Shares):
         if not np.array_equal(rule.plan.phy2log, plan.phy2log):
             raise InvalidInputError(
@@ -73,7 +91,7 @@ def routing_rows(
                 expected="shares of this plan",
                 hint="`plan.with_shares(load)`",
             )
-        rows = _interleaved(rule.log2phy(width))
+        rows = _interleaved(_entries(rule, width)[which])
         lengths = (rows >= 0).sum(axis=2)
     elif rule == "nearest":
         rank_of = np.repeat(np.arange(topology.num_gpus), topology.slots)
@@ -91,7 +109,7 @@ def routing_rows(
         )
         lengths = kept.sum(axis=2)
     elif rule == "uniform":
-        rows, lengths = slots, plan.logcnt
+        rows, lengths = slots, plan.logcnt[which]
     else:
         raise InvalidInputError(
             code="unknown",
@@ -107,6 +125,12 @@ def routing_rows(
         places < lengths[..., None], np.take_along_axis(rows, turned, axis=2), np.int64(-1)
     )
     return rows, lengths.astype(np.int64)
+
+
+@lru_cache(maxsize=2)
+def _entries(shares: Shares, width: int) -> npt.NDArray[np.int64]:
+    """All layers' entries, once for as many layers as ask for theirs."""
+    return shares.log2phy(width)
 
 
 def _interleaved(rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -195,9 +219,16 @@ class RoutingTable:
         """Takes the rows of a layer, `[E, W]` and `[E]`, from :func:`routing_rows`.
 
         Raises:
-            InvalidInputError: ``too_large`` for a row that is longer than the table is wide;
-                the table stays as it was.
+            InvalidInputError: ``too_large`` for a row that is longer than the table is wide,
+                ``wrong_shape`` for rows of other experts; the table stays as it was.
         """
+        if not (len(rows) == len(lengths) == len(self.length_E)):
+            raise InvalidInputError(
+                code="wrong_shape",
+                argument="rows",
+                got=f"rows of {len(rows)} experts, lengths of {len(lengths)}",
+                expected=f"{len(self.length_E)} experts",
+            )
         longest, width = int(lengths.max()), self.row_EW.shape[1]
         if longest > width:
             raise InvalidInputError(
@@ -221,9 +252,9 @@ class RoutingTable:
         chosen_N = expert_N >= 0
         num_experts = len(self.length_E)
         # Those that chose none are sorted behind all experts.
-        key_N = torch.where(chosen_N, expert_N, num_experts)
+        key_N = torch.where(chosen_N, expert_N, num_experts).int()
         sorted_N, order_N = torch.sort(key_N, stable=True)
-        experts = torch.arange(num_experts + 1, device=expert_N.device)
+        experts = torch.arange(num_experts + 1, dtype=torch.int32, device=expert_N.device)
         begin_E1 = torch.searchsorted(sorted_N, experts)
         turn_N = torch.empty_like(expert_N)
         turn_N[order_N] = torch.arange(len(expert_N), device=expert_N.device) - begin_E1[sorted_N]

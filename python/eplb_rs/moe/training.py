@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, distributed
 
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.moe.weights import ExpertWeights, slots_of
+from eplb_rs.moe.sites import Sites
+from eplb_rs.moe.weights import ExpertWeights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,14 +40,23 @@ def sum_replica_gradients(
         group: The ranks; by default all of torch.distributed's.
 
     Raises:
-        InvalidInputError: ``wrong_shape`` for another number of layers or slots than the plan's.
+        InvalidInputError: ``wrong_shape`` for another number of layers, slots or ranks than the
+            plan's, ``wrong_type`` for a gradient that is missing.
 
     Cost: each replica but the first sends its gradient once and gets the sum once.
     """
-    group = group or distributed.group.WORLD
-    assert group is not None, "torch.distributed is initialised"
-    rank = group.rank()
-    here = slots_of(plan, rank)
+    sites = Sites.of(plan, group)
+    here = sites.held
+    for layer, tensors in enumerate(gradients):
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise InvalidInputError(
+                    code="wrong_type",
+                    argument="gradients",
+                    got=f"{type(tensor).__name__} for {name} of layer {layer}",
+                    expected="a tensor, on every rank",
+                    hint="zeros where no backward has come by",
+                )
     got = (len(gradients), {len(tensor) for layer in gradients for tensor in layer.values()})
     if got != (plan.num_layers, {len(here)}):
         raise InvalidInputError(
@@ -55,19 +65,19 @@ def sum_replica_gradients(
             got=f"{got[0]} layers of {sorted(got[1])} slots",
             expected=f"{plan.num_layers} layers of {len(here)} slots, as the plan has",
         )
-    rank_of = [r for r, slots in enumerate(plan.topology.slots) for _ in range(slots)]
+    member_of = sites.slot_members.tolist()
     for layer, tensors in enumerate(gradients):
         shared = (plan.logcnt[layer] > 1).nonzero()[0].tolist()
         replicas = [
             plan.log2phy[layer, expert, : plan.logcnt[layer, expert]].tolist() for expert in shared
         ]
-        _gather_sums(tensors, replicas, rank_of, here, group)
+        _gather_sums(tensors, replicas, member_of, here, sites.group)
 
 
 def _gather_sums(
     tensors: Mapping[str, Tensor],
     replicas: list[list[int]],
-    rank_of: list[int],
+    member_of: list[int],
     here: range,
     group: distributed.ProcessGroup,
 ) -> None:
@@ -85,30 +95,36 @@ def _gather_sums(
         for slots in replicas:
             first = slots[0]
             for slot in slots[1:]:
-                if rank_of[slot] == rank_of[first]:
+                if member_of[slot] == member_of[first]:
                     continue
-                if rank_of[first] == rank:
+                if member_of[first] == rank:
                     arrived[slot] = torch.empty_like(stacked[0])
-                    post(distributed.irecv, arrived[slot], rank_of[slot], operations)
-                elif rank_of[slot] == rank:
-                    post(distributed.isend, stacked[slot - here.start], rank_of[first], operations)
+                    post(distributed.irecv, arrived[slot], member_of[slot], operations)
+                elif member_of[slot] == rank:
+                    post(
+                        distributed.isend, stacked[slot - here.start], member_of[first], operations
+                    )
         _run(operations)
 
         operations = []
         for slots in replicas:
             first = slots[0]
-            if rank_of[first] == rank:
+            if member_of[first] == rank:
                 total = stacked[first - here.start]
                 for slot in slots[1:]:
                     total += arrived[slot] if slot in arrived else stacked[slot - here.start]
             for slot in slots[1:]:
-                if rank_of[first] == rank_of[slot]:
-                    if rank_of[slot] == rank:
+                if member_of[first] == member_of[slot]:
+                    if member_of[slot] == rank:
                         sums.append((stacked[first - here.start], slot - here.start))
-                elif rank_of[first] == rank:
-                    post(distributed.isend, stacked[first - here.start], rank_of[slot], operations)
-                elif rank_of[slot] == rank:
-                    post(distributed.irecv, stacked[slot - here.start], rank_of[first], operations)
+                elif member_of[first] == rank:
+                    post(
+                        distributed.isend, stacked[first - here.start], member_of[slot], operations
+                    )
+                elif member_of[slot] == rank:
+                    post(
+                        distributed.irecv, stacked[slot - here.start], member_of[first], operations
+                    )
         _run(operations)
         for total, slot in sums:
             stacked[slot].copy_(total)

@@ -97,8 +97,8 @@ class ExpertWeights:
 
         Raises:
             InvalidInputError: ``empty`` without layers or fields, ``wrong_shape`` or
-                ``wrong_dtype`` for a tensor unlike those of the first layer,
-                ``not_contiguous``, ``wrong_type`` for what is no tensor.
+                ``wrong_dtype`` for a tensor unlike those of the first layer, ``inconsistent`` for
+                one on another device, ``not_contiguous``, ``wrong_type`` for what is no tensor.
         """
         if not layers or not layers[0]:
             raise InvalidInputError(
@@ -134,8 +134,22 @@ class ExpertWeights:
                         got=f"{field.name} of layer {layer}, {tuple(tensor.shape)} {tensor.dtype}",
                         expected=f"{wanted} {field.dtype}, as in layer 0",
                     )
+                if tensor.device != first.device:
+                    raise InvalidInputError(
+                        code="inconsistent",
+                        argument="layers",
+                        got=f"{field.name} of layer {layer} on {tensor.device}",
+                        expected=f"all on {first.device}, as the first",
+                    )
         weights = object.__new__(cls)
-        weights._set(fields, [dict(tensors) for tensors in layers])
+        # Of parameters the same memory, but as plain tensors: moving is no step of autograd.
+        weights._set(
+            fields,
+            [
+                {name: one.detach() if one.requires_grad else one for name, one in tensors.items()}
+                for tensors in layers
+            ],
+        )
         return weights
 
     def _set(self, fields: Sequence[ExpertField], layers: list[dict[str, Tensor]]) -> None:
@@ -190,6 +204,12 @@ class ExpertWeights:
         Cost: about 1 GB/s; for tests and after faults, not for every pass.
         """
         return checksum(self.slot(layer, slot).values())
+
+    def version(self, layer: int) -> int:
+        """A number that changes when a tensor of the layer is written to, as far as torch knows of
+        it: not through ``.data``, nor in inference mode."""
+        tensors = self._layers[layer].values()
+        return sum(one._version for one in tensors if not one.is_inference())
 
     def __repr__(self) -> str:
         return (

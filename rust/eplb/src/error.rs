@@ -123,21 +123,12 @@ impl Error {
         }))
     }
 
-    /// Arguments that are fine one by one, but that no placement satisfies together.
-    pub fn infeasible(
-        code: Code,
-        argument: &'static str,
-        got: impl fmt::Display,
-        expected: impl Into<String>,
-        hint: impl Into<String>,
-    ) -> Self {
-        Self::Infeasible(Box::new(Refusal {
-            code,
-            argument,
-            got: got.to_string(),
-            expected: expected.into(),
-            hint: hint.into(),
-        }))
+    /// The same refusal where each argument is fine by itself, but no placement satisfies all.
+    #[must_use]
+    pub fn infeasible(self) -> Self {
+        match self {
+            Self::InvalidInput(refusal) | Self::Infeasible(refusal) => Self::Infeasible(refusal),
+        }
     }
 
     /// The parts of this refusal.
@@ -161,6 +152,20 @@ pub(crate) fn require_positive(argument: &'static str, value: usize) -> Result<(
         ));
     }
     Ok(())
+}
+
+/// Refuses a buffer of another length.
+pub(crate) fn require_length(argument: &'static str, length: usize, wanted: usize) -> Result<()> {
+    if length == wanted {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        Code::WrongShape,
+        argument,
+        format!("{length} values"),
+        format!("{wanted} values"),
+        "",
+    ))
 }
 
 /// Refuses a `value` that is no multiple of `divisor`, and names the nearest that are.

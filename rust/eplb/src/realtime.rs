@@ -6,7 +6,7 @@
 mod relieve;
 mod sources;
 
-use crate::error::{Code, Error, Result, require_positive};
+use crate::error::{Code, Error, Result, require_length, require_positive};
 use crate::load::MAX_EXPERTS;
 use relieve::Relief;
 
@@ -229,10 +229,10 @@ impl StepPlanner {
                 "a number of tokens for each expert, or for each source rank and expert",
             ));
         }
-        check_length("experts", out.experts.len(), spare)?;
-        check_length("tokens", out.tokens.len(), spare)?;
+        require_length("experts", out.experts.len(), spare)?;
+        require_length("tokens", out.tokens.len(), spare)?;
         if let Some(buffer) = &out.by_source {
-            check_length("by_source", buffer.len(), spare * ranks)?;
+            require_length("by_source", buffer.len(), spare * ranks)?;
             if !by_source {
                 return Err(Error::invalid(
                     Code::Inconsistent,
@@ -270,17 +270,4 @@ impl StepPlanner {
             num_copies: copies.len(),
         })
     }
-}
-
-fn check_length(argument: &'static str, length: usize, wanted: usize) -> Result<()> {
-    if length == wanted {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        Code::WrongShape,
-        argument,
-        format!("{length} values"),
-        format!("{wanted} values"),
-        "",
-    ))
 }

@@ -8,14 +8,17 @@
 //!
 //! What a placement is worth depends on how tokens are [split](Split) when the load arrives.
 
+mod best;
 mod cuts;
 mod even;
 mod layer;
 mod link;
 mod outlook;
 mod paths;
+mod relief;
 mod rows;
 mod search;
+mod sets;
 
 use std::time::Instant;
 
@@ -32,6 +35,7 @@ use crate::planner::Planner;
 use crate::topology::Topology;
 use layer::Layer;
 use paths::Path;
+use relief::FewMoves;
 use rows::Futures;
 use search::Limits;
 
@@ -222,6 +226,23 @@ impl Planner {
             max_moves: per_layer.unwrap_or(usize::MAX).min(most),
             each_helps: max_moves.is_some(),
         };
+        let num_slots = topology.num_slots();
+        let layer_sums = mean
+            .layers()
+            .map(|row| row.iter().map(|&load| f64::from(load)).sum());
+        let layer_sums: Vec<f64> = layer_sums.collect();
+        if let (Split::Shares, Some(max_moves)) = (aim.split, max_moves) {
+            let few = FewMoves {
+                planner: self,
+                scenarios,
+                weights,
+                start,
+                layer_sums: &layer_sums,
+                max_moves,
+                max_moves_per_layer: limits.max_moves,
+            };
+            return self.follow(start, &few.paths(), &layer_sums, max_moves);
+        }
         let work = Work {
             planner: self,
             scenarios,
@@ -230,7 +251,6 @@ impl Planner {
             limits,
             start,
         };
-        let num_slots = topology.num_slots();
         let mut slots = vec![0; scenarios.num_layers * num_slots];
         let mut paths = vec![Path::default(); scenarios.num_layers];
         let per_thread = scenarios.num_layers.div_ceil(self.num_threads());
@@ -249,72 +269,31 @@ impl Planner {
                 parts.enumerate().for_each(improve);
             }),
         }
-        if let Some(max_moves) = max_moves {
-            let means = mean
-                .layers()
-                .map(|row| row.iter().map(|&load| f64::from(load)).sum());
-            let means: Vec<f64> = means.collect();
-            let ends = paths::choose(&paths, &means, max_moves);
-            for (number, slots) in slots.chunks_exact_mut(num_slots).enumerate() {
-                let mut layer = layer_of(self, start, number);
-                for &exchange in &paths[number].exchanges[..ends[number]] {
-                    layer.make(exchange);
-                }
-                layer.write(slots);
-            }
+        match max_moves {
+            Some(max_moves) => self.follow(start, &paths, &layer_sums, max_moves),
+            None => placed(topology, scenarios.num_experts, &slots),
         }
-        let replicas = numbered(&slots, num_slots, scenarios.num_experts);
-        Placement::from_replicas(topology.clone(), scenarios.num_experts, &replicas)
     }
-}
 
-impl Planner {
-    /// Plans a placement for one load whose replicas link as many ranks as can be: shares then
-    /// have room to mend what the next load brings. Ranks may carry up to `slack` more than the
-    /// mean for it, as a part of that, when replicas share evenly.
-    ///
-    /// # Errors
-    /// As [`plan`](Planner::plan); [`Code::OutOfRange`] for a slack that is not from 0 to 1,
-    /// [`Code::Inconsistent`] for machines that are not all alike.
-    ///
-    /// # Cost
-    /// That of [`plan`](Planner::plan), and about 1 ms for each layer of 288 slots on 32 ranks.
-    pub fn plan_linked(&self, load: &Load<'_>, slack: f64) -> Result<Placement> {
-        let topology = self.topology();
-        check_even(topology)?;
-        if !(0.0..=1.0).contains(&slack) {
-            return Err(Error::invalid(
-                Code::OutOfRange,
-                "slack",
-                slack,
-                "from 0 to 1",
-                "0.001 leaves room enough to link most ranks",
-            ));
-        }
-        let start = self.plan(load)?;
-        let num_slots = topology.num_slots();
-        let mut slots = vec![0; load.num_layers() * num_slots];
-        let per_thread = load.num_layers().div_ceil(self.num_threads());
-        let link = |(part, slots): (usize, &mut [u32])| {
-            let layers = slots.chunks_exact_mut(num_slots);
-            for (number, slots) in (part * per_thread..).zip(layers) {
-                let mut layer = layer_of(self, &start, number);
-                let row = &load.values()[number * load.num_experts()..][..load.num_experts()];
-                let row: Vec<f64> = row.iter().map(|&load| f64::from(load)).collect();
-                let mean = row.iter().sum::<f64>() / topology.num_gpus() as f64;
-                link::link(&mut layer, &row, mean * (1.0 + slack));
-                layer.write(slots);
+    /// Hands moves out over the layers of a placement, each of which has a path to follow.
+    fn follow(
+        &self,
+        start: &Placement,
+        paths: &[Path],
+        layer_sums: &[f64],
+        max_moves: usize,
+    ) -> Result<Placement> {
+        let num_slots = self.topology().num_slots();
+        let mut slots = vec![0; paths.len() * num_slots];
+        let ends = paths::choose(paths, layer_sums, max_moves);
+        for (number, slots) in slots.chunks_exact_mut(num_slots).enumerate() {
+            let mut layer = layer_of(self, start, number);
+            for &exchange in &paths[number].exchanges[..ends[number]] {
+                layer.make(exchange);
             }
-        };
-        let per_part = per_thread * num_slots;
-        match self.pool() {
-            None => slots.chunks_mut(per_part).enumerate().for_each(link),
-            Some(pool) => {
-                pool.install(|| slots.par_chunks_mut(per_part).enumerate().for_each(link));
-            }
+            layer.write(slots);
         }
-        let replicas = numbered(&slots, num_slots, load.num_experts());
-        Placement::from_replicas(topology.clone(), load.num_experts(), &replicas)
+        placed(self.topology(), start.num_experts(), &slots)
     }
 }
 
@@ -392,11 +371,11 @@ impl Work<'_> {
     }
 }
 
-/// Numbers each expert's replicas by slot.
-fn numbered(slots: &[u32], num_slots: usize, num_experts: usize) -> Vec<Replica> {
+/// A placement of what slots hold, `[L, R]`. Each expert's replicas are numbered by slot.
+fn placed(topology: &Topology, num_experts: usize, slots: &[u32]) -> Result<Placement> {
     let mut replicas = Vec::with_capacity(slots.len());
     let mut count = vec![0; num_experts];
-    for row in slots.chunks_exact(num_slots) {
+    for row in slots.chunks_exact(topology.num_slots()) {
         count.fill(0);
         for &expert in row {
             let number = &mut count[expert as usize];
@@ -407,7 +386,7 @@ fn numbered(slots: &[u32], num_slots: usize, num_experts: usize) -> Vec<Replica>
             *number += 1;
         }
     }
-    replicas
+    Placement::from_replicas(topology.clone(), num_experts, &replicas)
 }
 
 fn check_windows(num_scenarios: usize) -> Result<()> {

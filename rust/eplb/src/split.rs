@@ -6,11 +6,15 @@
 mod entries;
 mod flow;
 mod graph;
+mod speeds;
 
-use crate::error::{Code, Error, Result};
+use std::ops::Range;
+
+use crate::error::{Code, Error, Result, require_length};
 use crate::load::Load;
 use crate::placement::Placement;
 use graph::{Graphs, SharedSlot};
+use speeds::Speeds;
 
 pub use entries::{MAX_WIDTH, entries, entries_into, quotas_into};
 pub(crate) use flow::Flow;
@@ -19,22 +23,29 @@ pub(crate) use graph::LayerGraph;
 /// The most tokens a layer may have in all: sums stay exact as `f64`.
 pub const MAX_TOKENS: i64 = 1 << 53;
 
+/// The most bits of the whole numbers that a layer's load is scaled to, in all.
+const MAX_BITS: u32 = 51;
+
 /// Splits loads over the replicas of one placement so that the largest rank load of each layer is
 /// the least possible.
 ///
 /// Prepared once, it allocates nothing afterwards. An expert that is on a rank several times
-/// counts there once, and its slots there get equal parts. All ranks are taken to be equally fast.
+/// counts there once, and its slots there get equal parts. Where ranks differ in speed, what is
+/// least is the longest rank time: load over speed, the mean speed of live ranks being 1.
 ///
 /// # The answer
 /// Loads are scaled, by a power of two for each layer, to whole numbers of 51 bits in all, and
-/// split exactly: the largest rank load is the optimum to within 1 part in 10^12. Of the splits
+/// split exactly: the largest rank load is the optimum to within 1 part in 10^12 (1 in 10^9 where
+/// speeds differ, which takes some of the bits). Of the splits
 /// that reach it, the answer is the one found so. Experts in the order of their first slot are
 /// poured over their ranks as water, the remainder to the lowest ranks, three times. While a rank is
 /// above the optimum, ranks that share experts are evened out along a tree of these, from the
 /// lowest rank and breadth first, twice; then tokens go from ranks above the optimum, in the order
 /// of ranks, along shortest paths of shared experts to ranks below it, the lowest first. That
 /// is a rule, not a choice: the same input gives the same bytes everywhere. An expert without load
-/// is split evenly.
+/// is split evenly. Where speeds differ, the rule is followed with slower ranks filled up by what
+/// they can carry less than the fastest in the time tried, and that time is raised, from a bound
+/// below, until it is enough.
 ///
 /// # Cost
 /// For 58 layers of 256 experts on 288 slots of 32 ranks, one core: see `benches/results`.
@@ -45,7 +56,14 @@ pub struct Splitter {
     num_slots: usize,
     num_ranks: usize,
     graphs: Graphs,
-    /// Which expert each slot holds, `[L, R]`.
+    /// The slots of each rank, and the speeds of ranks that are not all alike.
+    slots_of: Vec<Range<usize>>,
+    speeds: Option<Speeds>,
+    /// The slots of dead ranks, which hold nothing.
+    idle: Vec<Range<usize>>,
+    /// How many bits a layer's whole numbers have in all.
+    bits: u32,
+    /// Which expert each slot holds, `[L, R]`; that of an idle slot is no matter.
     phy2log: Vec<u32>,
     /// The load of a layer in whole numbers, `[E]`.
     load: Vec<i64>,
@@ -58,15 +76,15 @@ pub struct Splitter {
 #[derive(Debug)]
 pub struct SharesMut<'a> {
     /// The share of its expert's tokens that each slot gets, `[L, R]`; those of an expert add up
-    /// to 1.
+    /// to 1, and slots of dead ranks get 0.
     pub shares: &'a mut [f64],
-    /// The largest rank load of each layer, `[L]`, in the unit of the load. No split of this
-    /// placement has a smaller one.
+    /// The largest rank load of each layer, or the longest rank time where ranks differ in speed,
+    /// `[L]`, in the unit of the load. No split of this placement has a smaller one.
     pub level: &'a mut [f64],
     /// What each rank carries, `[L, D]`, or `None`.
     pub rank_load: Option<&'a mut [f64]>,
     /// The certificate, `[L, D]`, or `None`: ranks that hold some experts alone, whose loads
-    /// divided by the number of these ranks are the level.
+    /// divided by the number of these ranks, or the sum of their speeds, are the level.
     pub tight: Option<&'a mut [bool]>,
 }
 
@@ -75,16 +93,25 @@ impl Splitter {
     #[must_use]
     pub fn new(placement: &Placement) -> Self {
         let graphs = Graphs::new(placement);
+        let topology = placement.topology();
+        let gpus = 0..topology.num_gpus();
+        let dead = gpus.clone().filter(|&gpu| topology.is_dead(gpu));
+        let speeds = Speeds::new(topology);
+        let experts = placement.phy2log().iter();
         Self {
+            slots_of: gpus.map(|gpu| topology.slots_of(gpu)).collect(),
+            idle: dead.map(|gpu| topology.slots_of(gpu)).collect(),
+            bits: speeds.as_ref().map_or(MAX_BITS, Speeds::bits).min(MAX_BITS),
+            speeds,
             num_layers: placement.num_layers(),
             num_experts: placement.num_experts(),
-            num_slots: placement.topology().num_slots(),
-            num_ranks: placement.topology().num_gpus(),
-            phy2log: placement.phy2log().iter().map(|&e| e as u32).collect(),
+            num_slots: topology.num_slots(),
+            num_ranks: topology.num_gpus(),
+            phy2log: experts.map(|&expert| expert.max(0) as u32).collect(),
             load: vec![0; placement.num_experts()],
             inverse: vec![0.0; graphs.max_items()],
             flow: Flow::with_capacity(
-                placement.topology().num_gpus(),
+                topology.num_gpus(),
                 graphs.max_items(),
                 graphs.max_entries(),
             ),
@@ -125,13 +152,13 @@ impl Splitter {
         self.check_load(load, self.num_layers)?;
         let (slots, ranks) = (self.num_slots, self.num_ranks);
         let layers = self.num_layers;
-        check_length("shares", out.shares.len(), layers * slots)?;
-        check_length("level", out.level.len(), layers)?;
+        require_length("shares", out.shares.len(), layers * slots)?;
+        require_length("level", out.level.len(), layers)?;
         if let Some(rank_load) = &out.rank_load {
-            check_length("rank_load", rank_load.len(), layers * ranks)?;
+            require_length("rank_load", rank_load.len(), layers * ranks)?;
         }
         if let Some(tight) = &out.tight {
-            check_length("tight", tight.len(), layers * ranks)?;
+            require_length("tight", tight.len(), layers * ranks)?;
         }
         let parts = load.layers().zip(out.shares.chunks_exact_mut(slots));
         for (layer, ((row, shares), level)) in parts.zip(&mut *out.level).enumerate() {
@@ -164,7 +191,7 @@ impl Splitter {
     ) -> Result<f64> {
         self.check_layer(layer)?;
         self.check_load(load, 1)?;
-        check_length("shares", shares.len(), self.num_slots)?;
+        require_length("shares", shares.len(), self.num_slots)?;
         let mut level = 0.0;
         self.solve(layer, load.values(), shares, &mut level);
         Ok(level)
@@ -172,11 +199,13 @@ impl Splitter {
 
     /// The best split of one layer in whole tokens: writes the tokens that each slot gets, `[R]`,
     /// whose sums over each expert's slots are exactly its tokens, and returns the largest number
-    /// of tokens on a rank, which no other split into whole tokens has smaller.
+    /// of tokens on a rank. No other split into whole tokens has a smaller one, or, where ranks
+    /// differ in speed, a shorter longest rank time.
     ///
     /// # Errors
     /// [`Code::OutOfRange`] for the layer, [`Code::WrongShape`] for `tokens` (`[E]`) or `quotas`,
-    /// [`Code::Negative`] or [`Code::TooLarge`] for a number of tokens; `quotas` is then as it was.
+    /// [`Code::Negative`] or [`Code::TooLarge`] for a number of tokens, or for more in all than
+    /// [`MAX_TOKENS`], fewer where ranks differ in speed; `quotas` is then as it was.
     pub fn quotas_layer(
         &mut self,
         layer: usize,
@@ -184,11 +213,22 @@ impl Splitter {
         quotas: &mut [i64],
     ) -> Result<i64> {
         self.check_layer(layer)?;
-        check_length("tokens", tokens.len(), self.num_experts)?;
-        check_length("quotas", quotas.len(), self.num_slots)?;
-        check_tokens(tokens)?;
+        require_length("tokens", tokens.len(), self.num_experts)?;
+        require_length("quotas", quotas.len(), self.num_slots)?;
+        let most = if self.speeds.is_some() {
+            1 << self.bits
+        } else {
+            MAX_TOKENS
+        };
+        check_tokens(tokens, most)?;
         let graph = self.graphs.layer(layer);
-        let level = self.flow.solve(&graph, tokens);
+        let level = match &mut self.speeds {
+            None => self.flow.solve(&graph, tokens),
+            Some(speeds) => {
+                speeds.solve(&mut self.flow, &graph, tokens);
+                self.flow.rank_load.iter().copied().fold(0, i64::max)
+            }
+        };
         let phy2log = &self.phy2log[layer * self.num_slots..][..self.num_slots];
         for (quota, &expert) in quotas.iter_mut().zip(phy2log) {
             *quota = tokens[expert as usize];
@@ -201,6 +241,9 @@ impl Splitter {
             );
             quotas[shared.slot as usize] = part + i64::from(i64::from(shared.number) < remainder);
         }
+        for idle in &self.idle {
+            quotas[idle.clone()].fill(0);
+        }
         Ok(level)
     }
 
@@ -209,7 +252,7 @@ impl Splitter {
     /// # Errors
     /// [`Code::WrongShape`] for the buffer.
     pub fn tight_into(&self, tight: &mut [bool]) -> Result<()> {
-        check_length("tight", tight.len(), self.num_ranks)?;
+        require_length("tight", tight.len(), self.num_ranks)?;
         self.write_tight(tight);
         Ok(())
     }
@@ -219,12 +262,13 @@ impl Splitter {
     /// # Errors
     /// [`Code::WrongShape`] for the buffer.
     pub fn uniform_into(&self, shares: &mut [f64]) -> Result<()> {
-        check_length("shares", shares.len(), self.num_layers * self.num_slots)?;
+        require_length("shares", shares.len(), self.num_layers * self.num_slots)?;
         for (layer, shares) in shares.chunks_exact_mut(self.num_slots).enumerate() {
             shares.fill(1.0);
             for shared in self.graphs.shared_slots(layer) {
                 shares[shared.slot as usize] = 1.0 / f64::from(shared.count);
             }
+            self.clear_idle(shares);
         }
         Ok(())
     }
@@ -241,25 +285,18 @@ impl Splitter {
         rank_load: &mut [f64],
     ) -> Result<()> {
         self.check_load(load, self.num_layers)?;
-        check_length("shares", shares.len(), self.num_layers * self.num_slots)?;
-        check_length(
+        require_length("shares", shares.len(), self.num_layers * self.num_slots)?;
+        require_length(
             "rank_load",
             rank_load.len(),
             self.num_layers * self.num_ranks,
         )?;
-        let slots = self.num_slots;
-        let layers = self
-            .phy2log
-            .chunks_exact(slots)
-            .zip(shares.chunks_exact(slots));
+        let layers = self.phy2log.chunks_exact(self.num_slots);
+        let layers = layers.zip(shares.chunks_exact(self.num_slots));
         let ranks = rank_load.chunks_exact_mut(self.num_ranks);
-        for ((row, (phy2log, shares)), ranks) in load.layers().zip(layers).zip(ranks) {
-            let per_rank = slots / self.num_ranks;
-            let slots = phy2log
-                .chunks_exact(per_rank)
-                .zip(shares.chunks_exact(per_rank));
-            for ((experts, shares), sum) in slots.zip(ranks) {
-                let parts = experts.iter().zip(shares);
+        for ((row, (experts, shares)), ranks) in load.layers().zip(layers).zip(ranks) {
+            for (slots, sum) in self.slots_of.iter().zip(ranks) {
+                let parts = experts[slots.clone()].iter().zip(&shares[slots.clone()]);
                 *sum = parts
                     .map(|(&expert, share)| f64::from(row[expert as usize]) * share)
                     .sum();
@@ -270,9 +307,13 @@ impl Splitter {
 
     /// Splits a layer; returns the unit of the whole numbers it was split in.
     fn solve(&mut self, layer: usize, row: &[f32], shares: &mut [f64], level: &mut f64) -> f64 {
-        let unit = to_units(row, &mut self.load);
+        let unit = to_units(row, &mut self.load, self.bits);
         let graph = self.graphs.layer(layer);
-        *level = self.flow.solve(&graph, &self.load) as f64 * unit;
+        *level = unit
+            * match &mut self.speeds {
+                None => self.flow.solve(&graph, &self.load) as f64,
+                Some(speeds) => speeds.solve(&mut self.flow, &graph, &self.load),
+            };
         for (inverse, item) in self.inverse.iter_mut().zip(graph.items) {
             *inverse = match self.load[item.expert as usize] {
                 0 => 0.0,
@@ -296,7 +337,14 @@ impl Splitter {
                 self.flow.flow[entry as usize] as f64 * inverse / f64::from(parts)
             };
         }
+        self.clear_idle(shares);
         unit
+    }
+
+    fn clear_idle(&self, shares: &mut [f64]) {
+        for idle in &self.idle {
+            shares[idle.clone()].fill(0.0);
+        }
     }
 
     fn write_tight(&self, tight: &mut [bool]) {
@@ -333,9 +381,9 @@ impl Splitter {
     }
 }
 
-/// Scales a row, by a power of two, to whole numbers that add up to less than 2^52, and returns
-/// what one of them stands for.
-fn to_units(row: &[f32], units: &mut [i64]) -> f64 {
+/// Scales a row, by a power of two, to whole numbers that add up to about 2^bits, and returns what
+/// one of them stands for.
+fn to_units(row: &[f32], units: &mut [i64], bits: u32) -> f64 {
     /// Adding it to a number from 0 to 2^52 rounds that to a whole one and leaves it in the low
     /// bits, which is a vector instruction where conversion may be none.
     const ROUND: f64 = (1u64 << 52) as f64;
@@ -350,7 +398,11 @@ fn to_units(row: &[f32], units: &mut [i64]) -> f64 {
     let total = sums.iter().sum::<f64>() + rest;
     // Sums of f32 are normal as f64, or zero: the bits are 1023 more than the exponent.
     let exponent = (total.to_bits() >> 52) as i64 - 1023;
-    let shift = if total > 0.0 { 50 - exponent } else { 0 };
+    let shift = if total > 0.0 {
+        i64::from(bits) - 1 - exponent
+    } else {
+        0
+    };
     let power = |exponent: i64| f64::from_bits(((exponent + 1023) as u64) << 52);
     let scale = power(shift);
     for (units, &load) in units.iter_mut().zip(row) {
@@ -360,7 +412,7 @@ fn to_units(row: &[f32], units: &mut [i64]) -> f64 {
     power(-shift)
 }
 
-fn check_tokens(tokens: &[i64]) -> Result<()> {
+fn check_tokens(tokens: &[i64], most: i64) -> Result<()> {
     let mut sum = 0i64;
     for (expert, &count) in tokens.iter().enumerate() {
         if count < 0 {
@@ -374,27 +426,14 @@ fn check_tokens(tokens: &[i64]) -> Result<()> {
         }
         sum = sum.saturating_add(count);
     }
-    if sum <= MAX_TOKENS {
+    if sum <= most {
         return Ok(());
     }
     Err(Error::invalid(
         Code::TooLarge,
         "tokens",
         format!("{sum} or more in all"),
-        format!("at most {MAX_TOKENS} in all"),
-        "",
-    ))
-}
-
-fn check_length(argument: &'static str, length: usize, wanted: usize) -> Result<()> {
-    if length == wanted {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        Code::WrongShape,
-        argument,
-        format!("{length} values"),
-        format!("{wanted} values"),
+        format!("at most {most} in all"),
         "",
     ))
 }

@@ -41,12 +41,13 @@ pub(crate) fn plan_linked(
     planner: &Planner,
     load: &Bound<'_, PyArray2<f32>>,
     slack: f64,
+    spread: f64,
 ) -> PyResult<Placement> {
     let load = LoadArray::new(load)?;
     let (num_layers, num_experts) = load.shape();
     let copy = load.values()?.to_vec();
     let planner = planner.inner();
-    let plan = || planner.plan_linked(&Load::new(&copy, num_layers, num_experts)?, slack);
+    let plan = || planner.plan_linked(&Load::new(&copy, num_layers, num_experts)?, slack, spread);
     py.detach(plan)
         .map(Placement)
         .map_err(|error| plan_error(py, &error))

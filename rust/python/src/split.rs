@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use eplb::{Load, SharesMut, split};
 use numpy::ndarray::{Ix1, Ix2};
-use numpy::{PyArray1, PyArray2, PyArray3, PyArrayMethods};
+use numpy::{Element, PyArray1, PyArray2, PyArray3, PyArrayMethods};
 use pyo3::prelude::*;
 
 use crate::arguments::{LoadArray, count};
@@ -121,45 +121,33 @@ impl Splitter {
     /// level.
     fn split_step(
         &self,
-        py: Python<'_>,
         load: &Bound<'_, PyArray1<f32>>,
         layer: &Bound<'_, PyAny>,
         shares: &Bound<'_, PyAny>,
     ) -> PyResult<f64> {
-        let layer = count(layer, "layer")?;
-        let load = readable(load, "load")?;
-        let load = values(&load, "load")?;
-        let mut shares = writable::<f64, Ix1>(shares, "out", &[self.num_slots])?;
-        let shares = values_mut(py, &mut shares, "out")?;
-        Load::new(load, 1, load.len())
-            .and_then(|load| self.lock().split_layer(layer, &load, shares))
-            .map_err(|error| plan_error(py, &error))
+        let split = |splitter: &mut eplb::Splitter, layer, load: &[f32], shares: &mut [f64]| {
+            splitter.split_layer(layer, &Load::new(load, 1, load.len())?, shares)
+        };
+        self.step((load, "load"), layer, shares, split)
     }
 
     /// The best split of one layer's tokens, int64 `[E]`, into whole numbers by slot, int64 `[R]`.
-    /// Returns the level.
+    /// Returns the largest number on a rank.
     fn split_tokens(
         &self,
-        py: Python<'_>,
         tokens: &Bound<'_, PyArray1<i64>>,
         layer: &Bound<'_, PyAny>,
         quotas: &Bound<'_, PyAny>,
     ) -> PyResult<i64> {
-        let layer = count(layer, "layer")?;
-        let tokens = readable(tokens, "tokens")?;
-        let mut quotas = writable::<i64, Ix1>(quotas, "out", &[self.num_slots])?;
-        let quotas = values_mut(py, &mut quotas, "out")?;
-        self.lock()
-            .quotas_layer(layer, values(&tokens, "tokens")?, quotas)
-            .map_err(|error| plan_error(py, &error))
+        let split = eplb::Splitter::quotas_layer;
+        self.step((tokens, "tokens"), layer, quotas, split)
     }
 
     /// The shares of replicas that share evenly, `[L, R]`.
     fn uniform<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArray2<f64>>> {
-        let mut shares = vec![0.0; self.num_layers * self.num_slots];
-        let done = self.lock().uniform_into(&mut shares);
-        done.map_err(|error| plan_error(py, &error))?;
-        PyArray1::from_vec(py, shares).reshape([self.num_layers, self.num_slots])
+        self.filled(py, self.num_slots, |shares| {
+            self.lock().uniform_into(shares)
+        })
     }
 
     /// What each rank carries, float64 `[L, D]`, if a load is split by given shares.
@@ -170,13 +158,12 @@ impl Splitter {
         shares: &Bound<'py, PyArray2<f64>>,
     ) -> PyResult<Bound<'py, PyArray2<f64>>> {
         let load = LoadArray::new(load)?;
+        let load = load.checked()?;
         let shares = readable(shares, "shares")?;
-        let mut ranks = vec![0.0; self.num_layers * self.num_ranks];
-        let done =
-            self.lock()
-                .rank_load_into(&load.checked()?, values(&shares, "shares")?, &mut ranks);
-        done.map_err(|error| plan_error(py, &error))?;
-        PyArray1::from_vec(py, ranks).reshape([self.num_layers, self.num_ranks])
+        let shares = values(&shares, "shares")?;
+        self.filled(py, self.num_ranks, |ranks| {
+            self.lock().rank_load_into(&load, shares, ranks)
+        })
     }
 
     /// Shares as repeated entries, int64 `[L, E, width]`.
@@ -201,19 +188,43 @@ impl Splitter {
         tokens: &Bound<'py, PyArray2<i64>>,
     ) -> PyResult<Bound<'py, PyArray2<i64>>> {
         let (shares, tokens) = (readable(shares, "shares")?, readable(tokens, "tokens")?);
-        let mut quotas = vec![0; self.num_layers * self.num_slots];
-        split::quotas_into(
-            &self.placement.get().0,
-            values(&shares, "shares")?,
-            values(&tokens, "tokens")?,
-            &mut quotas,
-        )
-        .map_err(|error| plan_error(py, &error))?;
-        PyArray1::from_vec(py, quotas).reshape([self.num_layers, self.num_slots])
+        let (shares, tokens) = (values(&shares, "shares")?, values(&tokens, "tokens")?);
+        self.filled(py, self.num_slots, |quotas| {
+            split::quotas_into(&self.placement.get().0, shares, tokens, quotas)
+        })
     }
 }
 
 impl Splitter {
+    /// Splits one layer of what an array holds, `[E]`, into a buffer, `[R]`.
+    fn step<T: Element, U: Element, R>(
+        &self,
+        (array, argument): (&Bound<'_, PyArray1<T>>, &'static str),
+        layer: &Bound<'_, PyAny>,
+        out: &Bound<'_, PyAny>,
+        split: impl FnOnce(&mut eplb::Splitter, usize, &[T], &mut [U]) -> eplb::Result<R>,
+    ) -> PyResult<R> {
+        let py = array.py();
+        let layer = count(layer, "layer")?;
+        let array = readable(array, argument)?;
+        let mut out = writable::<U, Ix1>(out, "out", &[self.num_slots])?;
+        let out = values_mut(py, &mut out, "out")?;
+        split(&mut self.lock(), layer, values(&array, argument)?, out)
+            .map_err(|error| plan_error(py, &error))
+    }
+
+    /// A new array, `[L, width]`.
+    fn filled<'py, T: Element + Clone + Default>(
+        &self,
+        py: Python<'py>,
+        width: usize,
+        fill: impl FnOnce(&mut [T]) -> eplb::Result<()>,
+    ) -> PyResult<Bound<'py, PyArray2<T>>> {
+        let mut values = vec![T::default(); self.num_layers * width];
+        fill(&mut values).map_err(|error| plan_error(py, &error))?;
+        PyArray1::from_vec(py, values).reshape([self.num_layers, width])
+    }
+
     fn lock(&self) -> MutexGuard<'_, eplb::Splitter> {
         self.splitter.lock().unwrap_or_else(PoisonError::into_inner)
     }

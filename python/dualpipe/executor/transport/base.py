@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from dualpipe.instruction import Kind
 
-__all__ = ["Arrival", "Departure", "Envelope", "Message", "TensorSpec", "Transport"]
+__all__ = ["Arrival", "Departure", "Envelope", "Message", "PairSum", "TensorSpec", "Transport"]
 
 
 class TensorSpec(NamedTuple):
@@ -82,6 +82,24 @@ class Departure(ABC):
         """Waits, as :meth:`Arrival.ready` does, until the tensors have been read, and drops them."""
 
 
+class PairSum(ABC):
+    """Sums tensors with those of one other rank, in place, beside what else the ranks do.
+
+    Both ranks give tensors of the same shapes in the same order; the sums are equal bit for bit.
+    """
+
+    @abstractmethod
+    def add(self, tensor: torch.Tensor) -> None:
+        """Starts the sum of a contiguous tensor, after the work that the current stream holds now.
+
+        Never blocks. The tensor is left alone until :meth:`wait`.
+        """
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Waits, as :meth:`Arrival.ready` does, until all sums that were started are there."""
+
+
 class Transport(ABC):
     """Moves messages between the ranks of one group.
 
@@ -109,6 +127,13 @@ class Transport(ABC):
 
         Called by all ranks of the group at the same time, before the first step of a plan.
         """
+
+    def pair_sums(self, peers: Sequence[int]) -> dict[int, PairSum]:
+        """What sums with each of these peers; nothing, on all ranks alike, if it cannot.
+
+        Called by all ranks of the group at the same time, once.
+        """
+        return {}
 
     @abstractmethod
     def post_receive(self, peer: int, message: Message, specs: Sequence[TensorSpec]) -> Arrival:

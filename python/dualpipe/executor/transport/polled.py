@@ -19,7 +19,7 @@ __all__ = ["PolledWaits"]
 class _Wait:
     __slots__ = ("after", "before", "message", "peer", "since")
 
-    def __init__(self, peer: int, message: Message, before: torch.cuda.Event) -> None:
+    def __init__(self, peer: int, message: Message | str, before: torch.cuda.Event) -> None:
         self.peer = peer
         self.message = message
         self.before = before
@@ -41,7 +41,7 @@ class PolledWaits:
         self._waits: deque[_Wait] = deque()
         self._events: list[torch.cuda.Event] = []
 
-    def enter(self, peer: int, message: Message) -> _Wait:
+    def enter(self, peer: int, message: Message | str) -> _Wait:
         """Says that the current stream is about to wait."""
         return _Wait(peer, message, self._recorded())
 

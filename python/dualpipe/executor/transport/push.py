@@ -27,6 +27,7 @@ from dualpipe.errors import PeerLostError, PipelineError
 from dualpipe.executor.transport.base import Arrival, Departure, Transport
 from dualpipe.executor.transport.peer_memory import ExportedMemory, ImportedMemory, driver
 from dualpipe.executor.transport.polled import PolledWaits
+from dualpipe.executor.transport.pushed_sum import PushedSum
 from dualpipe.executor.transport.slots import Place, lay_out, tensor_offsets
 from dualpipe.instruction import Kind
 
@@ -35,12 +36,15 @@ if TYPE_CHECKING:
 
     from torch.distributed.distributed_c10d import Store
 
-    from dualpipe.executor.transport.base import Envelope, Message, TensorSpec
+    from dualpipe.executor.transport.base import Envelope, Message, PairSum, TensorSpec
 
 __all__ = ["PushTransport"]
 
 _SLOTS = 1024
-"""The most slots for messages from one rank: twice as many words for each rank of the group."""
+"""The most slots for messages from one rank. Each, and one more for sums, has two words."""
+
+_SUM_SLOT = _SLOTS
+_WORDS = _SLOTS + 1
 
 _OPEN = 0x3FFF_FFFF
 """A counter with which every wait is over; comparisons are cyclic."""
@@ -75,11 +79,12 @@ class _PushArrival(Arrival):
         self._source = source
 
     def ready(self) -> list[torch.Tensor]:
-        self._transport._await_arrival(self._peer, self._message, self._source.slot)
+        transport = self._transport
+        transport.await_arrival(self._peer, self._message, self._source.slot, transport.waits)
         return [tensor.detach() for tensor in self._source.tensors]
 
     def release(self) -> None:
-        self._transport._give_credit(self._peer, self._source.slot)
+        self._transport.give_credit(self._peer, self._source.slot)
 
 
 class _PushDeparture(Departure):
@@ -124,12 +129,16 @@ class PushTransport(Transport):
             self.device = torch.device("cuda", torch.cuda.current_device())
         self._rank, self._size = group.rank(), group.size()
         self._round = 0
-        self._waits = PolledWaits(limit_s)
+        self.waits = PolledWaits(limit_s)
+        """What the computing stream waits for."""
         self._sources: dict[Message, _Source] = {}
         self._targets: dict[Message, _Target] = {}
         self._control: ExportedMemory | None = None
         self._arena: ExportedMemory | None = None
         self._arenas: dict[int, ImportedMemory] = {}
+        self._room: ExportedMemory | None = None
+        self._rooms: list[ImportedMemory] = []
+        self._sums: dict[int, PushedSum] = {}
         self._controls: dict[int, ImportedMemory] = {}
         self._streams: dict[tuple[int, Kind], torch.cuda.Stream] = {}
         self._arrived: dict[tuple[int, int], int] = {}
@@ -150,7 +159,7 @@ class PushTransport(Transport):
         if not why:
             try:
                 self._driver = driver()
-                self._control = ExportedMemory(8 * self._size * _SLOTS, self.device)
+                self._control = ExportedMemory(8 * self._size * _WORDS, self.device)
                 self._control.bytes.zero_()
                 handle = self._control.handle
                 # The stream that lets waiting ones go, should a peer be lost: of another
@@ -283,38 +292,62 @@ class PushTransport(Transport):
         computed.record()
         stream = self._streams[peer, message.kind]
         stream.wait_event(computed)
+        parts = list(zip(held, target.addresses, strict=True))
+        self.push(peer, target.slot, parts, stream)
+        # The first event has done its work once the stream has been told of it.
+        computed.record(stream)
+        return _PushDeparture(self.waits, peer, message, held, computed)
+
+    def push(
+        self,
+        peer: int,
+        slot: int,
+        parts: Sequence[tuple[torch.Tensor, int]],
+        stream: torch.cuda.Stream,
+        depth: int = 1,
+    ) -> None:
+        """Copies tensors to addresses of a peer, once they are free, and says that they are there.
+
+        Args:
+            peer: Whose.
+            slot: Whose counters go with them.
+            parts: Contiguous tensors, and where to.
+            stream: Where this is done.
+            depth: How many pushes may be on their way, or not released: the slot's places.
+        """
         handle = stream.cuda_stream
-        before = self._pushed.get((peer, target.slot), 0)
-        if before:
-            self._wait_for(handle, self._credit_word(peer, target.slot), before)
-        for tensor, address in zip(held, target.addresses, strict=True):
+        before = self._pushed.get((peer, slot), 0)
+        if before >= depth:
+            self._wait_for(handle, self._credit_word(peer, slot), before - depth + 1)
+        for tensor, address in parts:
             if tensor.numel():
                 copy = self._driver.cuMemcpyDtoDAsync
                 _check(copy(address, tensor.data_ptr(), tensor.nbytes, handle))
-        word = self._controls[peer].address + 4 * (_SLOTS * self._rank + target.slot)
+        word = self._controls[peer].address + 4 * (_WORDS * self._rank + slot)
         self._write(handle, word, before + 1)
-        self._pushed[peer, target.slot] = before + 1
-        # The first event has done its work once the stream has been told of it.
-        computed.record(stream)
-        return _PushDeparture(self._waits, peer, message, held, computed)
+        self._pushed[peer, slot] = before + 1
 
-    def _await_arrival(self, peer: int, message: Message, slot: int) -> None:
+    def await_arrival(
+        self, peer: int, message: Message | str, slot: int, waits: PolledWaits
+    ) -> None:
+        """Lets the current stream wait for a peer's next push."""
         count = self._arrived.get((peer, slot), 0) + 1
         self._arrived[peer, slot] = count
-        wait = self._waits.enter(peer, message)
+        wait = waits.enter(peer, message)
         assert self._control is not None
-        word = self._control.address + 4 * (_SLOTS * peer + slot)
+        word = self._control.address + 4 * (_WORDS * peer + slot)
         self._wait_for(torch.cuda.current_stream(self.device).cuda_stream, word, count)
-        self._waits.leave(wait)
+        waits.leave(wait)
 
-    def _give_credit(self, peer: int, slot: int) -> None:
-        word = self._controls[peer].address + 4 * (_SLOTS * (self._size + self._rank) + slot)
+    def give_credit(self, peer: int, slot: int) -> None:
+        """Lets the current stream say that the peer's last push has been used."""
+        word = self._controls[peer].address + 4 * (_WORDS * (self._size + self._rank) + slot)
         stream = torch.cuda.current_stream(self.device).cuda_stream
         self._write(stream, word, self._arrived[peer, slot])
 
     def _credit_word(self, peer: int, slot: int) -> int:
         assert self._control is not None
-        return self._control.address + 4 * (_SLOTS * (self._size + peer) + slot)
+        return self._control.address + 4 * (_WORDS * (self._size + peer) + slot)
 
     def _wait_for(self, stream: int, word: int, count: int) -> None:
         _check(self._driver.cuStreamWaitValue32(stream, word, count, _AT_LEAST))
@@ -323,19 +356,42 @@ class PushTransport(Transport):
         # The write comes after everything before it in the stream, copies included.
         _check(self._driver.cuStreamWriteValue32(stream, word, count, _WITH_BARRIER))
 
+    def pair_sums(self, peers: Sequence[int]) -> dict[int, PairSum]:
+        room = len(peers) * PushedSum.num_bytes
+        if room:
+            self._room = ExportedMemory(room, self.device)
+        starts = {peer: at * PushedSum.num_bytes for at, peer in enumerate(peers)}
+        handle = b"" if self._room is None else self._room.handle
+        given = self._exchange((handle, starts), range(self._size))
+        for peer, start in starts.items():
+            assert self._room is not None
+            theirs, where = given[peer]
+            self._rooms.append(ImportedMemory(theirs))
+            self._sums[peer] = PushedSum(
+                self,
+                peer,
+                _SUM_SLOT,
+                self._room.bytes[start : start + PushedSum.num_bytes],
+                self._rooms[-1].address + where[self._rank],
+            )
+        return dict(self._sums)
+
     def poll(self) -> None:
-        self._waits.look()
+        self.waits.look()
+        for pair in self._sums.values():
+            pair.waits.look()
 
     @property
     def num_bytes(self) -> int:
-        """Device memory held, beside torch's allocator: slots and counters."""
-        held = (self._arena, self._control)
+        """Device memory held, beside torch's allocator: slots, counters, and room for sums."""
+        held = (self._arena, self._control, self._room)
         return sum(memory.num_bytes for memory in held if memory is not None)
 
     def close(self, *, drop: bool = False) -> None:
         self._sources.clear()
         self._targets.clear()
-        self._waits.clear()
+        self.waits.clear()
+        self._sums.clear()
         if self._control is None:
             return
         if not drop:
@@ -344,27 +400,29 @@ class PushTransport(Transport):
             return
         # What was awaited will not come: the streams run on, over whatever the slots hold. Living
         # peers may push once more, so the memory stays until a new group has been made.
-        words = 2 * self._size * _SLOTS
+        words = 2 * self._size * _WORDS
         rescue = self._rescue.cuda_stream
         _check(self._driver.cuMemsetD32Async(self._control.address, _OPEN, words, rescue))
         if _drained(self.device):
             self._close_imports()
-        _abandoned.extend(memory for memory in (self._arena, self._control) if memory is not None)
-        self._arena = self._control = None
+        held = (self._arena, self._control, self._room)
+        _abandoned.extend(memory for memory in held if memory is not None)
+        self._arena = self._control = self._room = None
 
     def _give_back(self) -> None:
         """Frees the memory, when no rank has that of another open."""
         self._exchange(None, range(self._size))
         self._close_imports()
         self._exchange(None, range(self._size))
-        for memory in (self._arena, self._control):
+        for memory in (self._arena, self._control, self._room):
             if memory is not None:
                 memory.free()
-        self._arena = self._control = None
+        self._arena = self._control = self._room = None
 
     def _close_imports(self) -> None:
-        for opened in (*self._arenas.values(), *self._controls.values()):
+        for opened in (*self._arenas.values(), *self._controls.values(), *self._rooms):
             opened.close()
+        self._rooms.clear()
         self._arenas.clear()
         self._controls.clear()
 

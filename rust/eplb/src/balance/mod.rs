@@ -81,13 +81,14 @@ impl Shape {
         check_slots(num_experts, topology)?;
         let live = topology.num_live_slots();
         if live < num_experts {
-            return Err(Error::infeasible(
+            return Err(Error::invalid(
                 Code::TooSmall,
                 "topology",
                 format!("{live} slots on {} live GPUs", topology.num_live_gpus()),
                 format!("of at least as many live slots as experts ({num_experts})"),
                 format!("{} slots are missing", num_experts - live),
-            ));
+            )
+            .infeasible());
         }
         if num_groups == 1 {
             return Ok(Self {
@@ -102,7 +103,7 @@ impl Shape {
             .map(|node| node_slots(topology, node) / size)
             .sum();
         if room < num_groups {
-            return Err(Error::infeasible(
+            return Err(Error::invalid(
                 Code::TooSmall,
                 "topology",
                 format!(
@@ -111,7 +112,8 @@ impl Shape {
                 ),
                 format!("of room for {num_groups} groups of {size} experts, each on one node"),
                 "more slots a GPU, or group_rule=\"free\"",
-            ));
+            )
+            .infeasible());
         }
         Ok(Self {
             num_experts,
@@ -138,7 +140,7 @@ impl Shape {
         if narrow == 0 && live <= self.num_groups {
             return Ok(());
         }
-        Err(Error::infeasible(
+        Err(Error::invalid(
             Code::TooSmall,
             "topology",
             format!("{live} live nodes, {narrow} of them too small for a group"),
@@ -147,7 +149,8 @@ impl Shape {
                 self.num_groups
             ),
             "slots of the others would stay empty; group_rule=\"free\" fills them",
-        ))
+        )
+        .infeasible())
     }
 
     /// The same, if groups may leave their node at a price. Where groups cannot all stay on a node,

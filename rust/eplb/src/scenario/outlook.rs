@@ -140,7 +140,7 @@ fn change(before: &[f32], after: &[f32]) -> f64 {
 }
 
 /// A number that looks drawn from a normal distribution: the sum of twelve even ones.
-fn normal(random: &mut Random) -> f32 {
+pub(super) fn normal(random: &mut Random) -> f32 {
     const STEPS: usize = 1 << 16;
     let sum: usize = (0..12).map(|_| random.below(STEPS)).sum();
     sum as f32 / STEPS as f32 - 6.0

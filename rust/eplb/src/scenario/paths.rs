@@ -62,26 +62,62 @@ impl Path {
     }
 }
 
-/// How far each layer goes along its path: how many of its exchanges are made.
-pub(super) fn choose(paths: &[Path], means: &[f64], max_moves: usize) -> Vec<usize> {
-    let mut pieces = Vec::new();
-    for (layer, (path, mean)) in paths.iter().zip(means).enumerate() {
-        for (index, pair) in path.points.windows(2).enumerate() {
-            let moves = pair[1].num_moves - pair[0].num_moves;
-            pieces.push((pair[1].slope(&pair[0]) * mean, layer, index + 1, moves));
-        }
-    }
-    // Those of a layer are in this order already.
-    pieces.sort_by(|a, b| b.0.total_cmp(&a.0));
+/// A piece of a path, from one point to the next.
+struct Piece {
+    /// What each of its moves gains, in the unit of the loads.
+    gain: f64,
+    layer: usize,
+    /// The point that it leads to.
+    point: usize,
+    moves: usize,
+}
+
+/// How far each layer goes along its path: how many of its exchanges are made. `layer_sums` are
+/// the loads of the layers.
+pub(super) fn choose(paths: &[Path], layer_sums: &[f64], max_moves: usize) -> Vec<usize> {
     let mut chosen = vec![0; paths.len()];
-    let mut left = max_moves;
-    for (_, layer, point, moves) in pieces {
-        if point == chosen[layer] + 1 && moves <= left {
-            chosen[layer] = point;
-            left -= moves;
-        }
+    for piece in chosen_pieces(paths, layer_sums, max_moves) {
+        chosen[piece.layer] = piece.point;
     }
     let ends = paths.iter().zip(chosen);
     ends.map(|(path, point)| path.points.get(point).map_or(0, |point| point.end))
         .collect()
+}
+
+/// What the last of so many moves gains; 0 if there are more than gain anything.
+pub(super) fn last_gain(paths: &[Path], layer_sums: &[f64], max_moves: usize) -> f64 {
+    let pieces = chosen_pieces(paths, layer_sums, max_moves);
+    let moves: usize = pieces.iter().map(|piece| piece.moves).sum();
+    match pieces.last() {
+        Some(piece) if moves == max_moves => piece.gain,
+        _ => 0.0,
+    }
+}
+
+/// The pieces of paths that are followed: those that gain most first, as long as moves last.
+fn chosen_pieces(paths: &[Path], layer_sums: &[f64], max_moves: usize) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    for (layer, (path, sum)) in paths.iter().zip(layer_sums).enumerate() {
+        for (index, pair) in path.points.windows(2).enumerate() {
+            pieces.push(Piece {
+                gain: pair[1].slope(&pair[0]) * sum,
+                layer,
+                point: index + 1,
+                moves: pair[1].num_moves - pair[0].num_moves,
+            });
+        }
+    }
+    // Those of a layer are in this order already.
+    pieces.sort_by(|a, b| b.gain.total_cmp(&a.gain));
+    let mut reached = vec![0; paths.len()];
+    let mut left = max_moves;
+    pieces.retain(|piece| {
+        let follows = piece.point == reached[piece.layer] + 1 && piece.moves <= left;
+        if follows {
+            reached[piece.layer] = piece.point;
+            left -= piece.moves;
+        }
+        follows
+    });
+    pieces
 }

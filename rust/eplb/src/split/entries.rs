@@ -1,9 +1,9 @@
 //! Shares as engines take them: repeated entries of `log2phy`, or whole tokens.
 
-use crate::error::{Code, Error, Result, require_positive};
+use crate::error::{Code, Error, Result, require_length, require_positive};
 use crate::placement::Placement;
 
-use super::{check_length, check_tokens};
+use super::{MAX_TOKENS, check_tokens};
 
 /// The widest table of entries: more would tell shares apart that no engine can.
 pub const MAX_WIDTH: usize = 1024;
@@ -49,7 +49,7 @@ pub fn entries_into(
     let num_slots = placement.topology().num_slots();
     check_shares(placement, shares)?;
     let counts = placement.num_layers() * placement.num_experts();
-    check_length("table", table.len(), counts.saturating_mul(width))?;
+    require_length("table", table.len(), counts.saturating_mul(width))?;
     let widest = placement.max_replicas();
     let mut tried = vec![0usize; widest];
     let mut best = vec![0usize; widest];
@@ -120,10 +120,10 @@ pub fn quotas_into(
     let num_slots = placement.topology().num_slots();
     check_shares(placement, shares)?;
     let counts = placement.num_layers() * placement.num_experts();
-    check_length("tokens", tokens.len(), counts)?;
-    check_length("quotas", quotas.len(), shares.len())?;
+    require_length("tokens", tokens.len(), counts)?;
+    require_length("quotas", quotas.len(), shares.len())?;
     for row in tokens.chunks_exact(placement.num_experts()) {
-        check_tokens(row)?;
+        check_tokens(row, MAX_TOKENS)?;
     }
     let widest = placement.max_replicas();
     let mut remainders = Vec::with_capacity(widest);
@@ -173,7 +173,7 @@ fn too_wide(width: usize) -> Error {
 /// Refuses what are no shares of a placement.
 fn check_shares(placement: &Placement, shares: &[f64]) -> Result<()> {
     let num_slots = placement.topology().num_slots();
-    check_length("shares", shares.len(), placement.num_layers() * num_slots)?;
+    require_length("shares", shares.len(), placement.num_layers() * num_slots)?;
     // Room for the rounding of sums.
     match shares
         .iter()

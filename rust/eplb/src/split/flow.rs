@@ -108,16 +108,38 @@ impl Flow {
     /// Splits a layer's loads, whole numbers whose sum fits 53 bits, and returns the level: the
     /// largest rank load, which no split can make smaller.
     pub(crate) fn solve(&mut self, graph: &Graph<'_>, load: &[i64]) -> i64 {
+        self.solve_below(graph, load, i64::MAX)
+    }
+
+    /// The same, but ends as soon as the level is known to be above `limit`: what it returns then
+    /// is the mean of the tight ranks, and the flow none in particular.
+    pub(crate) fn solve_below(&mut self, graph: &Graph<'_>, load: &[i64], limit: i64) -> i64 {
+        self.rank_load.fill(0);
+        self.pour(graph, load, 0, limit)
+    }
+
+    /// The same on top of what ranks carry already, for a level that is known to be at least
+    /// `level`.
+    pub(super) fn pour(
+        &mut self,
+        graph: &Graph<'_>,
+        load: &[i64],
+        mut level: i64,
+        limit: i64,
+    ) -> i64 {
         self.load_singles(graph, load);
-        let (mut level, hottest) = self.largest();
-        self.tight.clear();
-        self.tight.push(hottest as u32);
+        let (largest, hottest) = self.largest();
+        if largest >= level {
+            level = largest;
+            self.tight.clear();
+            self.tight.push(hottest as u32);
+        }
         for item in graph.items {
             self.fill(graph, item, load[item.expert as usize]);
         }
         level = self.raise_to_components(graph, level);
         for _ in 1..PASSES {
-            if self.largest().0 <= level {
+            if self.largest().0 <= level || level > limit {
                 return level;
             }
             for item in graph.items {
@@ -131,7 +153,7 @@ impl Flow {
             }
             self.sweep(graph);
         }
-        while self.find_hot(level) {
+        while level <= limit && self.find_hot(level) {
             if !self.cool(graph, level) {
                 let ranks = self.queue.iter();
                 let sum: i64 = ranks.map(|&rank| self.rank_load[rank as usize]).sum();
@@ -142,12 +164,15 @@ impl Flow {
         level
     }
 
-    /// What ranks carry without a choice.
-    fn load_singles(&mut self, graph: &Graph<'_>, load: &[i64]) {
+    /// Adds what ranks carry without a choice.
+    pub(super) fn load_singles(&mut self, graph: &Graph<'_>, load: &[i64]) {
         let mut begin = 0;
         for (sum, &end) in self.rank_load.iter_mut().zip(graph.single_ends) {
             let singles = &graph.singles[begin..end as usize];
-            *sum = singles.iter().map(|&expert| load[expert as usize]).sum();
+            *sum += singles
+                .iter()
+                .map(|&expert| load[expert as usize])
+                .sum::<i64>();
             begin = end as usize;
         }
     }

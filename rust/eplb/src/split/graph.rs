@@ -96,7 +96,10 @@ impl Graphs {
                     .push((self.singles.len() - first_single) as u32);
                 rank_before += 1;
             }
-            let expert = expert as usize;
+            // Slots of dead ranks hold nothing.
+            let Ok(expert) = usize::try_from(expert) else {
+                continue;
+            };
             if counts[expert] == 1 {
                 self.singles.push(expert as u32);
                 continue;
@@ -128,7 +131,7 @@ impl Graphs {
         fill.clear();
         fill.extend_from_slice(begins);
         for (slot, &expert) in phy2log.iter().enumerate() {
-            let item = item_of[expert as usize];
+            let item = usize::try_from(expert).map_or(NONE, |expert| item_of[expert]);
             if item != NONE {
                 let place = &mut fill[item as usize];
                 self.slots[first_slot + *place as usize] = SharedSlot {
