@@ -166,7 +166,7 @@ def of_trace() -> dict[str, Any]:
     windows = trace()
     results = cases(windows, "trace", (0.25, 0.1))
     for slots, ranks in SHAPES:
-        planner = eplb_rs.Planner(topology(slots, ranks))
+        planner = eplb_rs.Planner(topology(slots, ranks), policy="deepseek")
         case = f"{slots}/{ranks} DeepSeek, last window"
         results[case] = replay(windows, lambda past, _, p=planner: p.plan(past[-1]), SPLITS)
         show(f"trace: {case}", results[case])
@@ -193,7 +193,7 @@ def of_deepseek_r1() -> dict[str, Any]:
     before, after = (read_loads(path).total.astype(np.float32) for path in paths)
     machines = topology(288, 32)
     results: dict[str, Any] = {}
-    reference = eplb_rs.Planner(machines).plan(before)
+    reference = eplb_rs.Planner(machines, policy="deepseek").plan(before)
     planner = eplb_rs.Planner(machines, policy="balanced", iterations=300)
     for split in SPLITS:
         start = time.process_time()
@@ -227,7 +227,7 @@ def of_fixed() -> dict[str, Any]:
         seconds = time.process_time() - start
         fitting = np.mean([balance(plan, load, "shares") for load in odd])
         splits: dict[str, list[float]] = {"uniform": [], "last window": [], "mean so far": []}
-        reference = eplb_rs.Planner(topology(slots, ranks))
+        reference = eplb_rs.Planner(topology(slots, ranks), policy="deepseek")
         for window in range(1, len(windows)):
             load, past = windows[window], windows[:window]
             last = reference.plan(past[-1])
