@@ -33,6 +33,9 @@ const TRIES: u32 = 12;
 /// reached, that would take longer than it saves.
 const THOROUGH: u32 = 5;
 
+/// Of how many experts one loses a replica then, at most: those that were replicated first.
+const MOST_GIVERS: usize = 64;
+
 /// How many experts are tried as the one to lose a replica, and as the one to gain it.
 const GIVERS: usize = 3;
 const TAKERS: usize = 4;
@@ -322,7 +325,7 @@ impl Layer<'_> {
         let largest = givers.chain(single).map(share_of).max();
         let largest = largest.map_or(0, |(_, expert)| expert);
         let mut best = (i32::MAX, 0, 0);
-        for place in 0..self.givers.len() {
+        for place in 0..self.givers.len().min(MOST_GIVERS) {
             let from = self.giver(place);
             self.lose(aim, spare, from, lost);
             let fit = self.first_fit(aim, lost);
