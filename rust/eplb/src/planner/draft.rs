@@ -23,7 +23,7 @@ impl Draft<'_> {
     /// The placement, in memory of its own.
     ///
     /// # Errors
-    /// [`Code::TooLarge`] if it does not fit in memory.
+    /// [`Code::TooLarge`](crate::Code::TooLarge) if it does not fit in memory.
     pub fn to_placement(&self) -> Result<Placement> {
         let topology = self.planner.topology.clone();
         Placement::from_replicas(topology, self.num_experts, self.replicas())
@@ -32,7 +32,8 @@ impl Draft<'_> {
     /// The placement, in memory of the caller's.
     ///
     /// # Errors
-    /// [`Code::WrongShape`] or [`Code::TooSmall`] for the buffers, which are then left as they
+    /// [`Code::WrongShape`](crate::Code::WrongShape) or
+    /// [`Code::TooSmall`](crate::Code::TooSmall) for the buffers, which are then left as they
     /// were.
     pub fn write_into(&self, out: &mut PlacementMut<'_>) -> Result<()> {
         out.write(self.num_layers, self.num_experts, self.replicas())

@@ -42,7 +42,7 @@ pub enum GroupRule {
     #[default]
     Strict,
     /// A group has a home, the node that serves most of its tokens, and may leave it at a
-    /// [price](Planner::with_crossing_cost).
+    /// [price](crate::Planner::with_crossing_cost).
     Priced,
     /// Any expert may be anywhere.
     Free,

@@ -18,7 +18,8 @@ impl Planner {
     /// expert, every slot that came free gets one. These are made whatever the limits.
     ///
     /// # Errors
-    /// As [`draft`](Self::draft); [`Code::Inconsistent`] or [`Code::WrongShape`] for a previous
+    /// As [`draft`](Self::draft); [`Code::Inconsistent`](crate::Code::Inconsistent) or
+    /// [`Code::WrongShape`](crate::Code::WrongShape) for a previous
     /// placement of other machines, layers or experts.
     pub fn plan_from(
         &self,
@@ -38,7 +39,8 @@ impl Planner {
     /// O(log M) times what [`transfers`](crate::transfers) takes, for M milestones.
     ///
     /// # Errors
-    /// As [`plan_from`](Self::plan_from), and [`Code::WrongShape`] for other layers in the limits.
+    /// As [`plan_from`](Self::plan_from), and [`Code::WrongShape`](crate::Code::WrongShape) for
+    /// other layers in the limits.
     pub fn plan_within(
         &self,
         load: &Load<'_>,
