@@ -61,10 +61,10 @@ class Outlook:
         """What :meth:`eplb_rs.Planner.plan_windows` uses unless it is told otherwise.
 
         Tokens that are split anew reach balance in all windows that have been: what helps is to
-        plan for many that differ from these, the default. Even splits gain little by that: 8
+        plan for many that differ from these, the default. Even splits gain little by that: 16
         copies, of less spread and not drawn to an even load.
         """
-        return cls() if split == "shares" else cls(copies=8, spread=0.1, flatness=0.0)
+        return cls() if split == "shares" else cls(copies=16, spread=0.1, flatness=0.0)
 
     def since_shift(self, windows: LoadLike) -> int:
         """The first window after the last shift; 0 if there was none.

@@ -19,7 +19,8 @@ const PART_OF_ALL_MOVES: f32 = 0.05;
 /// hollow.
 ///
 /// Source: G. Dueck, T. Scheuer, "Threshold accepting", Journal of Computational Physics 90, 1990.
-const HEAT: f32 = 0.005;
+const SHARES_HEAT: f32 = 0.005;
+const EVEN_HEAT: f32 = 0.015;
 
 /// So many exchanges are tried in a step, of at most so many drawn: not all are allowed.
 const TRIALS_PER_STEP: usize = 16;
@@ -58,6 +59,7 @@ fn climb<const SHARES: bool>(
     fuel: &mut Fuel,
 ) {
     let first = account.worth();
+    let most_heat = if SHARES { SHARES_HEAT } else { EVEN_HEAT } * first;
     let least_gain = LEAST_PART * first;
     let gain_per_move = PART_OF_ALL_MOVES * first / max_moves.max(1) as f32;
     let mut best = layer.experts().to_vec();
@@ -68,7 +70,7 @@ fn climb<const SHARES: bool>(
         if left <= 0.0 {
             break;
         }
-        let heat = HEAT * first * left * left;
+        let heat = most_heat * left * left;
         let mut trials = 0;
         for _ in 0..DRAWN_PER_STEP {
             let exchange = draw(layer, &mut random);
