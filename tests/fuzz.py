@@ -415,6 +415,75 @@ def fuzz_plan_into(case: Case) -> None:
         testing.check_placement(out.phy2log, None, out.logcnt, num_experts=num_experts)
 
 
+def fuzz_replan(case: Case) -> None:
+    """The balanced policy, on machines of any kind, and plans from its own."""
+    topology = machines(case)
+    groups = case.upto(6)
+    rule = case.pick(["strict", "free", "priced"])
+    options = {
+        "num_groups": groups,
+        "group_rule": rule,
+        "crossing_cost": case.random.random() if rule == "priced" else None,
+        "iterations": case.upto(40),
+    }
+    made = case.attempt(lambda: Planner(topology, **options), topology=topology, options=options)
+    if made is None:
+        return
+    num_experts = num_experts_for(case, topology.num_slots, groups)
+    array, _ = load(case, num_experts)
+    plan = case.attempt(lambda: made.plan(array), planner=made, load=array)
+    if plan is None:
+        return
+    testing.check_plan(plan, keeps_groups=False)
+    other, plain = load(case, plan.num_experts)
+    if case.chance(0.3):
+        dead = [gpu for gpu in range(topology.num_gpus) if case.chance(0.2)]
+        changed = case.attempt(lambda: topology.with_dead(dead), topology=topology, dead=dead)
+        if changed is None:
+            return
+        made = Planner(changed, **options)
+    limits: dict[str, Any] = {
+        "max_moves": None if case.chance(0.4) else number(case, case.upto(20) - 1),
+        "min_balance": None if case.chance(0.8) else case.random.random(),
+        "repeats": case.pick([None, False, True]),
+    }
+    new = case.attempt(
+        lambda: made.plan(other, previous=plan, **limits),
+        planner=made,
+        load=other,
+        previous=plan,
+        limits=limits,
+    )
+    if new is None:
+        return
+    if plain is None:
+        raise FuzzError("what is no load was planned")
+    testing.check_plan(new, keeps_groups=False)
+    transfers = new.transfers(plan)
+    come = transfers.source != transfers.target
+    # An expert that arrives in two slots of a rank is one move.
+    moves = len(np.unique(transfers.table[come][:, [0, 1, 5]], axis=0))
+    # What moves whatever the limits: what GPUs that died or joined held, and repeats that are no more.
+    forced = made.topology.dead or topology.dead or (plan.duplicates and not limits["repeats"])
+    most = limits["max_moves"]
+    if most is not None and not forced and moves > most:
+        raise FuzzError(f"{moves} moves, at most {most} were allowed")
+
+
+def machines(case: Case) -> Topology:
+    """A topology, at times of GPUs that are not alike."""
+    topology = Topology(*sizes(case))
+    gpus = range(topology.num_gpus)
+    if case.chance(0.2):
+        topology = topology.with_slots([case.upto(4) for _ in gpus])
+    if case.chance(0.2):
+        topology = topology.with_speeds([0.5 + case.random.random() for _ in gpus])
+    dead = [gpu for gpu in gpus if case.chance(0.2)]
+    if case.chance(0.2) and len(dead) < len(gpus):
+        topology = topology.with_dead(dead)
+    return topology
+
+
 def fuzz_from_phy2log(case: Case) -> None:
     """`Plan.from_phy2log`."""
     topology = Topology(*sizes(case))
@@ -545,8 +614,9 @@ def replace_somewhere(case: Case, value: Any) -> None:
 
 
 TARGETS: dict[str, tuple[int, Callable[[Case], None]]] = {
-    "rebalance_experts": (35, fuzz_rebalance),
-    "Planner.plan": (20, fuzz_plan),
+    "rebalance_experts": (25, fuzz_rebalance),
+    "Planner.plan": (15, fuzz_plan),
+    "Planner.plan from a plan": (15, fuzz_replan),
     "Planner.plan_into": (15, fuzz_plan_into),
     "Plan.from_phy2log": (15, fuzz_from_phy2log),
     "Plan.from_json": (15, fuzz_from_json),

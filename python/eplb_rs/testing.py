@@ -281,7 +281,12 @@ def plans(draw: st.DrawFn, *, max_layers: int = 4) -> Plan:
 
 
 def check_placement(
-    phy2log: Any, log2phy: Any = None, logcnt: Any = None, *, num_experts: int
+    phy2log: Any,
+    log2phy: Any = None,
+    logcnt: Any = None,
+    *,
+    num_experts: int,
+    dead_slots: Any = None,
 ) -> None:
     """Checks that every slot holds an expert, every expert has a slot, and the maps agree.
 
@@ -291,6 +296,7 @@ def check_placement(
             the end. May be left out.
         logcnt: `[L, E]`, how many slots each expert has. May be left out.
         num_experts: E.
+        dead_slots: `[R]` booleans, the slots of dead GPUs, which hold -1. None by default.
 
     Raises:
         AssertionError: Naming the layer, and the slot or expert, of the first fault.
@@ -302,9 +308,14 @@ def check_placement(
     AssertionError: log2phy: layer 0, expert 1 lists slot 3, which holds expert 2
     """
     slots = _integers(phy2log, "phy2log", 2)
-    num_layers = len(slots)
+    num_layers, num_slots = slots.shape
+    dead = np.zeros(num_slots, dtype=bool) if dead_slots is None else np.asarray(dead_slots)
     _forbid(
-        (slots < 0) | (slots >= num_experts),
+        dead & (slots != -1),
+        lambda at: f"phy2log: layer {at[0]}, slot {at[1]} of a dead GPU holds {slots[at]}, not -1",
+    )
+    _forbid(
+        ~dead & ((slots < 0) | (slots >= num_experts)),
         lambda at: (
             f"phy2log: layer {at[0]}, slot {at[1]} holds {slots[at]}, which is no expert "
             f"(0 to {num_experts - 1})"
@@ -312,7 +323,7 @@ def check_placement(
     )
     counts = np.zeros((num_layers, num_experts), dtype=np.int64)
     layer = np.arange(num_layers)[:, None]
-    np.add.at(counts, (layer, slots), 1)
+    np.add.at(counts, (layer, slots[:, ~dead]), 1)
     _forbid(counts == 0, lambda at: f"phy2log: layer {at[0]}, expert {at[1]} has no slot")
     if logcnt is not None:
         told = _integers(logcnt, "logcnt", 2)
@@ -471,11 +482,25 @@ def check_rank_load(rank_load: Any, phy2log: Any, load: Any, *, rtol: float = 1e
     told = np.asarray(_plain(rank_load), dtype=np.float64)
     slots = _integers(phy2log, "phy2log", 2)
     check_placement(slots, num_experts=tokens.shape[1])
-    num_layers, num_gpus = told.shape
-    layer = np.arange(num_layers)[:, None]
-    counts = np.zeros(tokens.shape)
-    np.add.at(counts, (layer, slots), 1)
-    carried = (tokens / counts)[layer, slots].reshape(num_layers, num_gpus, -1).sum(axis=2)
+    num_gpus = told.shape[1]
+    rank_of_slot = np.repeat(np.arange(num_gpus), slots.shape[1] // num_gpus)
+    _check_carried(told, slots, tokens, rank_of_slot, rtol)
+
+
+def _check_carried(
+    told: npt.NDArray[np.float64],
+    slots: npt.NDArray[np.int64],
+    tokens: npt.NDArray[np.float64],
+    rank_of_slot: npt.NDArray[np.int64],
+    rtol: float,
+) -> None:
+    """Checks what ranks carry; slots that hold -1 carry nothing."""
+    carried = np.zeros(told.shape)
+    for layer, row in enumerate(slots):
+        held = row >= 0
+        counts = np.bincount(row[held], minlength=tokens.shape[1])
+        shares = tokens[layer] / counts
+        np.add.at(carried[layer], rank_of_slot[held], shares[row[held]])
     _forbid(
         ~np.isclose(told, carried, rtol=rtol, atol=0.0),
         lambda at: f"rank_load: layer {at[0]}, rank {at[1]} carries {carried[at]}, not {told[at]}",
@@ -485,9 +510,10 @@ def check_rank_load(rank_load: Any, phy2log: Any, load: Any, *, rtol: float = 1e
 def check_plan(plan: Plan, *, keeps_groups: bool | None = None) -> None:
     """Checks all that a :class:`eplb_rs.Plan` says of itself.
 
-    Its maps agree; groups stay on nodes where the policy keeps them; ranks carry what their slots
-    hold, all of the load between them, and no less than the lower bound at the heaviest; balance
-    and imbalance are what they are defined to be; nothing of it can be written to.
+    Its maps agree, and slots of dead GPUs hold nothing; groups stay on nodes where the policy keeps
+    them; ranks carry what their slots hold, all of the load between them, and the slowest takes no
+    less than the lower bound; balance and imbalance are what they are defined to be; nothing of it
+    can be written to.
 
     Args:
         plan: The plan.
@@ -500,7 +526,16 @@ def check_plan(plan: Plan, *, keeps_groups: bool | None = None) -> None:
     >>> check_plan(Planner(Topology(1, 2, 2)).plan([[5, 1, 2]]))
     """
     topology, num_layers = plan.topology, plan.num_layers
-    check_placement(plan.phy2log, plan.log2phy, plan.logcnt, num_experts=plan.num_experts)
+    live = np.ones(topology.num_gpus, dtype=bool)
+    live[topology.dead] = False
+    rank_of_slot = np.repeat(np.arange(topology.num_gpus), topology.slots)
+    check_placement(
+        plan.phy2log,
+        plan.log2phy,
+        plan.logcnt,
+        num_experts=plan.num_experts,
+        dead_slots=~live[rank_of_slot],
+    )
     _expect_shape("phy2log", plan.phy2log, (num_layers, topology.num_slots))
     if keeps_groups is None:
         keeps_groups = plan.policy == "deepseek" and plan.num_groups % topology.num_nodes == 0
@@ -512,16 +547,18 @@ def check_plan(plan: Plan, *, keeps_groups: bool | None = None) -> None:
             num_nodes=topology.num_nodes,
         )
     _expect_shape("rank_load", plan.rank_load, (num_layers, topology.num_gpus))
-    check_rank_load(plan.rank_load, plan.phy2log, plan.expert_load)
+    tokens = plan.expert_load.astype(np.float64)
+    _check_carried(plan.rank_load, plan.phy2log, tokens, rank_of_slot, rtol=1e-9)
     for name in ("phy2log", "log2phy", "logcnt", "expert_load", "rank_load", "lower_bound"):
         if getattr(plan, name).flags.writeable:
             raise AssertionError(f"{name} can be written to")
-    largest, mean = plan.rank_load.max(axis=1), plan.rank_load.mean(axis=1)
+    largest = plan.rank_time[:, live].max(axis=1)
+    mean = np.minimum(plan.rank_load.sum(axis=1) / live.sum(), largest)
     _forbid(
         plan.lower_bound > largest * (1 + 1e-9),
         lambda at: (
-            f"lower_bound: layer {at[0]} claims {plan.lower_bound[at]}, but the heaviest "
-            f"rank carries {largest[at]}"
+            f"lower_bound: layer {at[0]} claims {plan.lower_bound[at]}, but the slowest "
+            f"rank takes {largest[at]}"
         ),
     )
     _forbid(
@@ -536,8 +573,8 @@ def check_plan(plan: Plan, *, keeps_groups: bool | None = None) -> None:
         raise AssertionError(f"balance is {plan.balance}, not {balance}")
     if not np.isclose(plan.imbalance, 1 / balance, rtol=1e-9):
         raise AssertionError(f"imbalance is {plan.imbalance}, not {1 / balance}")
-    ranks = np.sort(plan.phy2log.reshape(num_layers, topology.num_gpus, -1), axis=2)
-    repeated = (ranks[..., 1:] == ranks[..., :-1]).sum(axis=(1, 2))
+    held = np.sort(np.where(plan.phy2log < 0, -1, rank_of_slot * plan.num_experts + plan.phy2log))
+    repeated = ((held[:, 1:] == held[:, :-1]) & (held[:, 1:] >= 0)).sum(axis=1)
     _forbid(
         plan.layer_duplicates != repeated,
         lambda at: (

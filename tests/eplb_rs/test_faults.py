@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from eplb_rs import InfeasibleError, Plan, Planner, Topology
+from eplb_rs.testing import check_plan
 from placements import arrivals, check
 
 LOAD = np.round(np.random.default_rng(0).lognormal(0, 1, (8, 256)) * 1000)
@@ -116,3 +117,23 @@ def test_ranks_may_have_different_numbers_of_slots() -> None:
     plan = Planner(ALL.with_slots(slots), policy="balanced").plan(LOAD)
     check(plan)
     assert plan.balance >= 0.999
+
+
+def test_groups_are_dealt_out_anew_where_a_node_has_no_room_left() -> None:
+    # Three groups of three experts on the last node; then it has six slots.
+    machines = Topology(3, 3, 4).with_slots([4, 4, 2, 1, 2, 1, 3, 3, 3])
+    load = np.random.default_rng(0).integers(0, 4, (3, 18))
+    planner = Planner(machines, num_groups=6, group_rule="strict", iterations=20)
+    previous = planner.plan(load)
+    planner = Planner(machines.with_dead([7]), num_groups=6, group_rule="strict", iterations=20)
+    for limit in (None, 0, 3, 20):
+        check_plan(planner.plan(load, previous=previous, max_moves=limit), keeps_groups=False)
+
+
+def test_a_node_that_joins_gets_groups() -> None:
+    machines = Topology(4, 2, 4)
+    load = np.random.default_rng(0).integers(1, 9, (2, 20))
+    away = Planner(machines.with_dead([6, 7]), num_groups=5, group_rule="strict")
+    previous = away.plan(load)
+    planner = Planner(machines.with_dead([7]), num_groups=5, group_rule="strict")
+    check_plan(planner.plan(load, previous=previous, max_moves=1), keeps_groups=False)

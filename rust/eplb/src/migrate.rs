@@ -96,7 +96,8 @@ pub(crate) struct Scratch {
     /// The next piece of each layer's frontier, steepest first.
     pieces: Vec<Piece>,
     chosen: Vec<usize>,
-    /// Layers in which walks did not lead far enough.
+    /// Layers that are to be planned from scratch: those that are unsettled, or in which walks did not
+    /// lead far enough.
     short: Vec<usize>,
 }
 
@@ -180,6 +181,35 @@ impl Scratch {
             layer.start(&self.ranks, topology, load, row, repeats, &mut self.layer);
         }
         Ok(())
+    }
+
+    /// The layers in which an expert found no place, or a slot nothing to hold: where groups are kept
+    /// on nodes, they may have to be dealt out anew.
+    pub(crate) fn list_unsettled(&mut self) -> &[usize] {
+        let layers = self.layers.iter().enumerate();
+        let unsettled =
+            layers.filter(|(_, layer)| layer.lacks_experts() || layer.leaves_slots(&self.ranks));
+        self.short.clear();
+        self.short.extend(unsettled.map(|(index, _)| index));
+        &self.short
+    }
+
+    /// Whether an expert found no place in any layer.
+    pub(crate) fn lacks_experts(&self) -> bool {
+        self.layers.iter().any(Layer::lacks_experts)
+    }
+
+    /// Starts the layers listed last from plans made from scratch, `[listed, num_slots]`.
+    pub(crate) fn start_from_plans(&mut self, topology: &Topology, plans: &[Replica]) {
+        let rows = plans.chunks_exact(topology.num_slots());
+        for (&layer, row) in self.short.iter().zip(rows) {
+            self.layers[layer].start_from_plan(&self.ranks, topology, row, &mut self.layer);
+        }
+    }
+
+    /// The layers listed last.
+    pub(crate) fn listed(&self) -> &[usize] {
+        &self.short
     }
 
     /// Explores what moves would do to each layer: along the `whole` frontier, where nothing else says

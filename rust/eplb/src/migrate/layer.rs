@@ -108,6 +108,39 @@ impl Layer {
             repeats,
             &mut scratch.settle,
         );
+        self.begin(ranks, scratch);
+    }
+
+    /// Whether an expert found no place: the groups of its island have no room left.
+    pub(crate) fn lacks_experts(&self) -> bool {
+        (0..self.weight.len()).any(|expert| self.start.count(expert) == 0)
+    }
+
+    /// Whether a slot of a rank that lives is empty: its island has no group.
+    pub(crate) fn leaves_slots(&self, ranks: &Ranks) -> bool {
+        let mut slots = (0..ranks.len()).map(|rank| ranks.slots(rank)).enumerate();
+        slots.any(|(rank, mut slots)| {
+            slots.any(|slot| self.start.expert_in(Site::new(rank, slot)).is_none())
+        })
+    }
+
+    /// Starts from a plan made from scratch instead, its ranks renamed: all its moves are forced.
+    pub(crate) fn start_from_plan(
+        &mut self,
+        ranks: &Ranks,
+        topology: &Topology,
+        plan: &[Replica],
+        scratch: &mut Scratch,
+    ) {
+        self.list_steps_to(ranks, topology, plan, scratch);
+        for step in &self.steps {
+            step.take(&mut self.start, &self.weight);
+        }
+        self.begin(ranks, scratch);
+    }
+
+    /// Begins the frontier where the moves that cannot be avoided have led.
+    fn begin(&mut self, ranks: &Ranks, scratch: &mut Scratch) {
         let moves = self.moves_to(&self.start);
         renew(&mut scratch.islands, ranks.num_islands(), (0.0, 0.0));
         for rank in 0..ranks.len() {
@@ -217,17 +250,36 @@ impl Layer {
         plan: &[Replica],
         scratch: &mut Scratch,
     ) {
+        let first = self.steps.len();
+        self.list_steps_to(ranks, topology, plan, scratch);
+        let Scratch { table, served, .. } = scratch;
+        table.copy_from(&self.start);
+        for step in &self.steps[first..] {
+            step.take(table, &self.weight);
+        }
+        self.points.push(Point {
+            moves: self.moves_to(table),
+            first: first as u32,
+            end: self.steps.len() as u32,
+            ..Point::of(ranks, &self.weight, table, served)
+        });
+    }
+
+    /// Lists the steps from the start to a plan whose ranks are renamed.
+    fn list_steps_to(
+        &mut self,
+        ranks: &Ranks,
+        topology: &Topology,
+        plan: &[Replica],
+        scratch: &mut Scratch,
+    ) {
         let Scratch {
-            table,
             unplaced,
             changed,
             relabel: names,
-            served,
             ..
         } = scratch;
         relabel(ranks, topology, &self.home, plan, names);
-        table.copy_from(&self.start);
-        let first = self.steps.len();
         for (rank, &origin) in names.origin().iter().enumerate() {
             let slots = topology.slots_of(ranks.gpus[origin as usize] as usize);
             let wanted = plan[slots]
@@ -237,7 +289,7 @@ impl Layer {
             unplaced.extend(wanted.map(|replica| replica.expert));
             changed.clear();
             for site in ranks.slots(rank).map(|slot| Site::new(rank, slot)) {
-                let held = table.expert_in(site);
+                let held = self.start.expert_in(site);
                 let stays = unplaced
                     .iter()
                     .position(|&expert| held == Some(expert as usize));
@@ -250,15 +302,6 @@ impl Layer {
             let gifts = gifts.map(|(&site, &expert)| Step::Give(site, expert));
             self.steps.extend(gifts);
         }
-        for step in &self.steps[first..] {
-            step.take(table, &self.weight);
-        }
-        self.points.push(Point {
-            moves: self.moves_to(table),
-            first: first as u32,
-            end: self.steps.len() as u32,
-            ..Point::of(ranks, &self.weight, table, served)
-        });
     }
 
     /// Keeps the points that no mixture of others beats.

@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::{Planner, Scratch};
+use crate::balance::{Budget, Shape};
 use crate::error::Result;
 use crate::load::Load;
 use crate::migrate::{Milestone, Reach};
@@ -128,23 +129,46 @@ impl Planner {
         let budget = self.budget.halved();
         let migrate = &mut scratch.migrate;
         migrate.start(&self.topology, &shape, load, previous, reach.repeats)?;
-        migrate.walk(reach, whole, budget);
-        let short = migrate.list_short(reach);
-        // Where a node has no group left, moves may lead on, but a plan from scratch is refused.
-        if let (false, Ok(shape)) = (short.is_empty(), fresh) {
-            let mut loads = std::mem::take(&mut scratch.loads);
-            loads.clear();
-            for &layer in short {
-                loads.extend_from_slice(load.layer(layer));
+        if !migrate.list_unsettled().is_empty() {
+            match &fresh {
+                Ok(shape) => {
+                    self.plan_listed(shape, budget, load, scratch)?;
+                    let migrate = &mut scratch.migrate;
+                    migrate.start_from_plans(&self.topology, &scratch.replicas);
+                }
+                // Empty slots harm nobody.
+                Err(error) if migrate.lacks_experts() => return Err(error.clone()),
+                Err(_) => {}
             }
-            let short = Load::new(&loads, short.len(), load.num_experts())?;
-            let budget = self.budget.since(start);
-            let planned = self.compute_balanced(&shape, budget, &short, scratch);
-            scratch.loads = loads;
-            planned?;
+        }
+        scratch.migrate.walk(reach, whole, budget);
+        let falls_short = !scratch.migrate.list_short(reach).is_empty();
+        // Where a node has no group left, moves may lead on, but a plan from scratch is refused.
+        if let (true, Ok(shape)) = (falls_short, fresh) {
+            self.plan_listed(&shape, self.budget.since(start), load, scratch)?;
             scratch.migrate.add_plans(&self.topology, &scratch.replicas);
         }
         Ok(())
+    }
+
+    /// Plans the layers that were listed last from scratch, into the replicas of the scratch.
+    fn plan_listed(
+        &self,
+        shape: &Shape,
+        budget: Budget,
+        load: &Load<'_>,
+        scratch: &mut Scratch,
+    ) -> Result<()> {
+        let mut loads = std::mem::take(&mut scratch.loads);
+        loads.clear();
+        let listed = scratch.migrate.listed();
+        for &layer in listed {
+            loads.extend_from_slice(load.layer(layer));
+        }
+        let listed = Load::new(&loads, listed.len(), load.num_experts())?;
+        let planned = self.compute_balanced(shape, budget, &listed, scratch);
+        scratch.loads = loads;
+        planned
     }
 
     /// The placement that the moves chosen lead to.
