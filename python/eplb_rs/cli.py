@@ -1,7 +1,8 @@
 """The command line: ``eplb``, or ``python -m eplb_rs``.
 
-Exit codes: 0; 2 for input that was refused, with one line on stderr that says why and how to mend
-it; 130 if interrupted; 141 if whoever reads the output went away.
+Exit codes: 0; 1 if the output could not be written; 2 for input that was refused, with one line on
+stderr that says why and how to mend it; 130 if interrupted; 141 if whoever reads the output went
+away.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ files of loads:
   .json         SGLang's recorder (logical_count), the EPLB benchmark (load_history)
   .pt           SGLang's recorder, or a tensor (needs torch)
 
-exit codes: 0; 2 for input that was refused; 130 if interrupted
+exit codes: 0; 1 output not written; 2 input refused; 130 interrupted
 """
 
 _SHOW_EXAMPLES = """\
@@ -99,7 +100,7 @@ examples:
       what each rank holds and carries in one layer
   eplb show plan.json --plot plan.svg
 
-exit codes: 0; 2 for input that was refused; 130 if interrupted
+exit codes: 0; 1 output not written; 2 input refused; 130 interrupted
 """
 
 _EXPLAIN_EXAMPLES = """\
@@ -108,7 +109,7 @@ examples:
       which constraint binds in which layer, and what would help
   eplb explain plan.json --json
 
-exit codes: 0; 2 for input that was refused; 130 if interrupted
+exit codes: 0; 1 output not written; 2 input refused; 130 interrupted
 """
 
 
@@ -118,22 +119,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    name = "eplb"
     try:
         arguments = _parser().parse_args(argv)
+        name = f"eplb {arguments.command}"
         with warnings.catch_warnings(action="ignore"):  # torch's, about how a file was pickled
             code = int(arguments.run(arguments))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except PlanError as error:
         message = printable(_in_options(str(error), arguments.source))
-        print_text(f"eplb {arguments.command}: error: {message}\n", sys.stderr)
+        print_text(f"{name}: error: {message}\n", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError as error:  # files are dealt with where they are: this is the output's
         # What is still buffered would fail again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print_text(f"{name}: error: output: {error.strerror}\n", sys.stderr)
+        return 1
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -221,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="eplb",
         description="Plans where the experts of a mixture-of-experts model live.",
-        epilog="eplb plan --help, eplb show --help and eplb explain --help give examples.",
+        epilog="eplb COMMAND --help gives examples.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"eplb {_core.__version__}")
