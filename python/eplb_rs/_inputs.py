@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Load: TypeAlias = npt.NDArray[np.float32]
 
-_NUMBERS = "iuf"  # NumPy's kinds: signed, unsigned, floating
+NUMBERS = "iuf"  # NumPy's kinds: signed, unsigned, floating
 
 
 def as_load(load: LoadLike, argument: str = "load") -> Load:
@@ -38,7 +38,7 @@ def as_load(load: LoadLike, argument: str = "load") -> Load:
     """
     array = load if type(load) is np.ndarray else _as_array(load, argument)
     if array.ndim != 2:
-        if array.ndim == 0 and array.dtype.kind not in _NUMBERS:
+        if array.ndim == 0 and array.dtype.kind not in NUMBERS:
             raise _no_array(load, argument)
         raise InvalidInputError(
             code="wrong_shape",
@@ -56,7 +56,7 @@ def as_load(load: LoadLike, argument: str = "load") -> Load:
         )
     if array.dtype == np.float32 and array.flags.c_contiguous and array.flags.aligned:
         return array
-    if array.dtype.kind not in _NUMBERS:
+    if array.dtype.kind not in NUMBERS:
         raise InvalidInputError(
             code="wrong_dtype",
             argument=argument,
@@ -217,7 +217,7 @@ def as_expert_bytes(value: Any, num_layers: int) -> npt.NDArray[np.float64]:
         InvalidInputError: ``wrong_type``, ``wrong_shape`` or ``out_of_range``.
     """
     array = _converted(value, "expert_bytes")
-    if array.dtype.kind not in _NUMBERS:
+    if array.dtype.kind not in NUMBERS:
         raise _no_array(value, "expert_bytes")
     if array.shape not in {(), (num_layers,)}:
         raise InvalidInputError(
