@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eplb_rs.draw import LIGHT, Palette, calm
+from eplb_rs.draw.look import LIGHT, Palette, calm
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
