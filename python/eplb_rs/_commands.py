@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from eplb_rs import _core
+from eplb_rs._words import printable
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.report import Style, printable
+from eplb_rs.report import Style
 
 if TYPE_CHECKING:
     from typing import Self

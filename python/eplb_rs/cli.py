@@ -29,12 +29,13 @@ from eplb_rs._commands import (
     topology_of,
 )
 from eplb_rs._files import write_whole
+from eplb_rs._words import printable
 from eplb_rs.errors import PlanError
 from eplb_rs.explanation import explain
 from eplb_rs.loads import read_loads
 from eplb_rs.plan import Plan
 from eplb_rs.planner import GroupRule, Planner, PolicyName
-from eplb_rs.report import PlanningTime, Report, printable
+from eplb_rs.report import PlanningTime, Report
 
 if TYPE_CHECKING:
     import argparse

@@ -20,10 +20,10 @@ from eplb_rs._commands import (
     topology_of,
 )
 from eplb_rs._files import check_writable, write_whole
+from eplb_rs._words import printable
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.loads import read_loads
 from eplb_rs.planner import GroupRule
-from eplb_rs.report import printable
 from eplb_rs.simulate import Links, simulate
 from eplb_rs.simulate_report import SimulationReport
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from eplb_rs._words import duration, id_ranges, printable, quantity
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.report import Style, duration, id_ranges, printable, quantity
+from eplb_rs.report.style import Style, facts_text
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -456,18 +457,17 @@ class SimulationReport:
         """
         style = style or Style()
         verdict = self.verdict
-        lines = []
-        for name, value in self.facts():
-            wrapped = textwrap.wrap(value, max(style.width - 12, 20)) or [""]
-            lines.append(style.dim(f"{name:<12}") + wrapped[0])
-            lines += [" " * 12 + line for line in wrapped[1:]]
-        facts = "\n".join(lines)
         decision = [style.bold(line) for line in textwrap.wrap(verdict.headline, style.width)]
         for reason in verdict.reasons:
             decision += textwrap.wrap(
                 reason, style.width, initial_indent="- ", subsequent_indent="  "
             )
-        parts = [facts, self._table_text(style), self._curves(style), "\n".join(decision)]
+        parts = [
+            facts_text(self.facts(), style),
+            self._table_text(style),
+            self._curves(style),
+            "\n".join(decision),
+        ]
         return "\n\n".join(parts) + "\n"
 
     def _table_text(self, style: Style) -> str:

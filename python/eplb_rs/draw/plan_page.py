@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 from typing import TYPE_CHECKING
 
+from eplb_rs._words import quantity
 from eplb_rs.draw.look import DARK, LIGHT
 from eplb_rs.draw.markup import definitions, document, table
 from eplb_rs.draw.matplotlib_files import rendered
 from eplb_rs.draw.plan_picture import figure
-from eplb_rs.report import quantity
 
 if TYPE_CHECKING:
     from eplb_rs.report import Report
