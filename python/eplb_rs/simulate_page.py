@@ -14,7 +14,7 @@ from eplb_rs.draw.look import DARK, LIGHT
 from eplb_rs.draw.markup import definitions, document, table
 from eplb_rs.draw.matplotlib_files import check_matplotlib, rendered
 from eplb_rs.draw.replay_pictures import balance_figure, choice_figure, cost_figure
-from eplb_rs.simulate_report import SHARES_TEXT
+from eplb_rs.simulate_report.words import SHARES_TEXT, outcome_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -59,7 +59,7 @@ def page(report: SimulationReport) -> str:
         highlights=highlights,
         reasons=reasons,
         facts=definitions(report.facts()),
-        baseline=f"{verdict.baseline.policy}, {verdict.baseline.shares}",
+        baseline=outcome_name(verdict.baseline),
         table=_marked(table(names, rows), simulation.outcomes.index(verdict.outcome)),
         shares="; ".join(
             f"<b>{name}</b>: {html.escape(SHARES_TEXT[name])}"
@@ -109,7 +109,7 @@ def _windows_table(report: SimulationReport) -> str:
     simulation = report.simulation
     labelled = simulation.labels is not None
     names = ["window", *["label"] * labelled, "distance", "shift"]
-    names += [f"{one.policy}, {one.shares}" for one in simulation.outcomes]
+    names += [outcome_name(one) for one in simulation.outcomes]
     rows = []
     for number in range(min(len(simulation.distance), _MOST_ROWS)):
         label = [simulation.labels[number]] if simulation.labels is not None else []
@@ -129,7 +129,7 @@ def _layers_table(report: SimulationReport) -> str:
     """The balance of every outcome in every layer."""
     outcomes = report.simulation.outcomes
     ids = report.trace.layer_ids if report.trace else range(report.simulation.num_layers)
-    names = ("layer", *(f"{one.policy}, {one.shares}" for one in outcomes))
+    names = ("layer", *(outcome_name(one) for one in outcomes))
     rows = [
         (layer, *(f"{one.layer_balance[row]:.4f}" for one in outcomes))
         for row, layer in enumerate(ids)
