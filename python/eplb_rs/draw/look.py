@@ -13,7 +13,8 @@ __all__ = ["DARK", "LIGHT", "Palette", "calm"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Palette:
-    """The colours of a picture, as CSS has them."""
+    """The colours of a picture, as CSS has them: :data:`LIGHT` for paper and light pages,
+    :data:`DARK` for dark ones."""
 
     background: str
     text: str
