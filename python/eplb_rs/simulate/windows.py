@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eplb_rs._inputs import as_load
+from eplb_rs._inputs import as_load, wrong_type
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.loads import LoadTrace
 
@@ -65,12 +65,8 @@ def _as_array(trace: Any) -> npt.NDArray[Any]:
     try:
         return np.asarray(trace)
     except Exception as error:  # whatever an object's own conversion raises
-        raise InvalidInputError(
-            code="wrong_type",
-            argument="trace",
-            got=type(trace).__name__,
-            expected="an array [windows, layers, experts], or what read_loads returns",
-        ) from error
+        expected = "an array [windows, layers, experts], or what read_loads returns"
+        raise wrong_type("trace", trace, expected) from error
 
 
 def _joined(labels: Sequence[str]) -> str:
