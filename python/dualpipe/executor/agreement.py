@@ -36,8 +36,9 @@ class Agreement:
         self._last: tuple[dict[str, Any], Any] | None = None
         self._found: list[Any] = []
         self._asked: tuple[dict[str, Any], Any] = ({}, None)
-        self._news = torch.zeros(self._group.size(), 1, dtype=torch.int64)
-        self._answer = torch.zeros(1, dtype=torch.int64)
+        # On the CPU, whatever the caller's default device is: gloo reads them there.
+        self._news = torch.zeros(self._group.size(), 1, dtype=torch.int64, device="cpu")
+        self._answer = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._works: list[tuple[int, dist.Work]] = []
 
     def exchange(self, equal: Mapping[str, Any], own: Any) -> list[Any]:

@@ -208,7 +208,7 @@ class _Weights:
     def run(self) -> None:
         # Within a task of the engine, a node that is called computes only the edges that the task
         # wants. This task wants those into branches, reaches none of them, and calls the joints.
-        start = torch.zeros((), requires_grad=True)
+        start = torch.zeros((), device="cpu", requires_grad=True)
         start.register_hook(self._run_joints)  # type: ignore[no-untyped-call]
         edges = dict.fromkeys(edge for joint in self._joints for _, edge, _ in joint.edges)
         wanted: tuple[torch.Tensor | GradientEdge, ...] = (start, *edges)

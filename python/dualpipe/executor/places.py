@@ -85,6 +85,21 @@ class Places:
             if len(copies) == 2 and (stage, 1 - copy) not in self.stages
         }
 
+    def trained(self, *, with_gradients: bool) -> tuple[Any, ...]:
+        """How this rank's modules are set: which are in training mode, which parameters learn.
+
+        What crosses boundaries, and which gradients come back, may follow from it.
+
+        Cost: 1.5 us a parameter.
+        """
+        modules = [stage.module for stage in self.stages.values()]
+        learning = (
+            bytes(parameter.requires_grad for parameter in module.parameters())
+            for module in modules
+            if with_gradients
+        )
+        return tuple(module.training for module in modules), *learning
+
     @cached_property
     def device(self) -> torch.device:
         """Where the parameters of the stages live; the CPU where there is none.

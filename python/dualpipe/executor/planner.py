@@ -104,7 +104,8 @@ class Planner:
                 labels=request.labels,
                 kwargs=request.kwargs,
             )
-            own = signature(request.inputs), signature(request.kwargs)
+            trained = self._places.trained(with_gradients=request.training)
+            own = signature(request.inputs), signature(request.kwargs), trained
             if request.training and self._copies is not None:
                 self._copies.begin()
         except PipelineError as error:
