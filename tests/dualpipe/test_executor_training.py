@@ -108,7 +108,9 @@ def lone_label(rank: int, size: int) -> float:
 
 
 def every(rank: int, size: int) -> dict[str, float]:
-    return {part.__name__: part(rank, size) for part in (thawed, switched, default_device, lone_label)}
+    return {
+        part.__name__: part(rank, size) for part in (thawed, switched, default_device, lone_label)
+    }
 
 
 def test_training_programs():

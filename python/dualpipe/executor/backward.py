@@ -87,6 +87,8 @@ class StageBackward:
     def __init__(self, *, products: bool = False) -> None:
         self._uses_store: bool | None = None
         self.products = products
+        self.why_whole: str | None = None
+        """Why the backward cannot be split, whatever its graph is; None if it may be."""
         self.added: Callable[[torch.Tensor], None] | None = None
         """Is told of every weight whose gradient a product has added."""
 
@@ -145,6 +147,9 @@ class StageBackward:
             return [None] * len(inputs), WeightPart()
         if self._uses_store:
             return self._with_store(roots, grads, inputs, retain_graph)
+        if self.why_whole is not None:
+            _engine(roots, grads, (), keep=retain_graph)
+            return [_taken(tensor) for tensor in inputs], WeightPart(why=self.why_whole)
         leaves = [tensor for tensor in inputs if tensor.requires_grad]
         edges = [get_gradient_edge(tensor) for tensor in leaves]
         found = cut(roots, edges, products=self.products)
