@@ -144,7 +144,8 @@ def group_ranks(ranks: Sequence[int] | None, num_ranks: int, group_size: int) ->
             expected=f"{num_ranks}, as the schedule has",
         )
     every = range(num_ranks)
-    given = list(every if ranks is None else ranks) if isinstance(ranks, Iterable | None) else []
+    asked: object = every if ranks is None else ranks
+    given = list(asked) if isinstance(asked, Iterable) else []
     if len(given) != num_ranks or any(rank not in given for rank in every):
         raise PipelineError(
             code="ranks",
