@@ -48,6 +48,7 @@ PHY2LOG = [[0, 1, 2, 3, 0, 1, 2, 3]] * 2
         ({"layer_ids": 7}, "wrong_type", "layer_ids"),
         ({"layer_ids": [1, None]}, "not_integer", "layer_ids"),
         ({"layer_ids": [-1, 2]}, "negative", "layer_ids"),
+        ({"layer_ids": [2, 2]}, "repeated", "layer_ids"),
     ],
 )
 def test_placements_that_are_none(arguments: dict[str, Any], code: str, argument: str) -> None:
@@ -203,3 +204,11 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
     refused(lambda: Plan.load(tmp_path / "empty"), "not_json", "plan")
     refused(lambda: Plan.load("a\0b"), "unreadable_file", "plan", "'a\\x00b'")
     refused(lambda: Plan.load(None), "wrong_type", "path")  # type: ignore[arg-type]
+
+
+def test_files_that_cannot_be_written(tmp_path: Path) -> None:
+    plan = Planner(TOPOLOGY).plan(np.ones((1, 8)))
+    for path in (tmp_path, tmp_path / "none" / "plan.json", "a\0b"):
+        refused(lambda path=path: plan.save(path), "unwritable_file", "path")  # type: ignore[misc]
+    refused(lambda: plan.save(None), "wrong_type", "path")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
