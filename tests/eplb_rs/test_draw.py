@@ -6,27 +6,21 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
-from pathlib import Path
 
 import eplb_rs
 import numpy as np
 import pytest
 from eplb_rs.loads import read_loads
 from eplb_rs.report import Report
+from recordings import deepseek_r1_report
 
 pytest.importorskip("matplotlib", reason="draws")
 from eplb_rs import draw
 
-DATA = Path(__file__).parents[2] / "examples" / "data"
-
 
 @pytest.fixture(scope="module")
 def report():
-    trace = read_loads(DATA / "deepseek_r1_1k1k.json")
-    topology = eplb_rs.Topology(num_nodes=4, gpus_per_node=8, slots_per_gpu=9)
-    planner = eplb_rs.Planner(topology, num_groups=8, policy="deepseek")
-    plan = planner.plan(trace.total, layer_ids=trace.layer_ids)
-    return Report(plan=plan, trace=trace)
+    return deepseek_r1_report()
 
 
 def test_heat_maps_show_loads_over_their_layer_mean(report):
