@@ -80,8 +80,7 @@ class Runner:
     def leads(self, plan: Plan) -> bool:
         """Whether a step may be started before the ranks have agreed on it."""
         ready = plan is self._prepared and self._num_runs >= _STEADY
-        # On GPUs nobody has seen yet that captured graphs bear it.
-        if not ready or not self._enters or self._device.type != "cpu":
+        if not ready or not self._enters:
             return False
         if self._seen:
             # By their contents, since batch norms do not count what they write.
@@ -121,6 +120,7 @@ class Runner:
             with torch.no_grad():
                 for buffer, content in zip(self._changing, buffers, strict=True):
                     buffer.copy_(content)
+            self._graphs.undo()
         self.end()
 
     def run(self, plan: Plan, settings: Settings) -> None:
