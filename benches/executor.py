@@ -50,7 +50,7 @@ import torch
 import torch.distributed as dist
 from contenders import CONTENDERS, WARM_UP, make_contender, num_ranks
 from copied import reduction
-from halves import nccl_shares_gpus, two_halves
+from halves import nccl_shares_gpus, nccl_version, two_halves
 from memory import terms_of
 from prediction import predict
 from transformer import Case, loss_of, make_batch, make_layers
@@ -101,15 +101,20 @@ class Rank:
             self._side = dist.new_group(backend="gloo")
         return self._side
 
+    def started(self) -> float:
+        """When all ranks start together, which is now, in seconds of the wall clock."""
+        self.wait()
+        start = max(self.gathered(time.time())) + 1e-3
+        while time.time() < start:
+            pass
+        return start
+
     def timed(self, work: Callable[[], Any]) -> float:
         """Milliseconds from a common start to the end of the last rank."""
-        self.wait()
-        start = max(self.gathered(time.perf_counter())) + 1e-3
-        while time.perf_counter() < start:
-            pass
+        start = self.started()
         work()
         self.wait()
-        return 1e3 * (max(self.gathered(time.perf_counter())) - start)
+        return 1e3 * (max(self.gathered(time.time())) - start)
 
     def memory(self) -> dict[str, float]:
         if self.device.type != "cuda":
@@ -204,40 +209,39 @@ def run_case(rank: Rank, name: str, case: Case, rounds: int) -> dict[str, Any]:
             ratios = [a / b for a, b in zip(times["step"], values, strict=True)]
             found[f"step / {key}"] = quartiles(ratios)
     if hasattr(contender, "executor"):
-        found.update(own_figures(rank, contender, case, ideal, statistics.median(times["step"])))
+        found.update(own_figures(rank, contender, case, ideal))
     contender.close()
     return found
 
 
-def own_figures(
-    rank: Rank, contender: Any, case: Case, ideal: Ideal, step_ms: float
-) -> dict[str, Any]:
+def own_figures(rank: Rank, contender: Any, case: Case, ideal: Ideal) -> dict[str, Any]:
     """What only this executor can say: idle time, memory by its terms, why no graphs.
 
-    What is idle is counted from the steps that were timed: exchanging what was measured takes time
-    too, after the end of a step.
+    A step lasts from the common start to the end of the last computation here: after it, what was
+    measured is exchanged.
     """
     executor = contender.executor
     executor.measure = True
     contender.step()
-    reports = []
+    idle, outside = [], []
     for _ in range(5):
+        start = rank.started()
         contender.step()
-        reports.append(executor.report())
+        report = executor.report()
+        whole = max(spans[-1].end_s for spans in report.spans) - start
+        idle.append((1 - report.busy_us / 1e6 / whole).tolist())
+        outside.append(1e3 * whole - report.makespan_us / 1e3)
         # As hot as the steps that were timed.
         rank.timed(ideal.run)
     executor.measure = False
-    busy = zip(*(report.busy_us / 1e3 for report in reports), strict=True)
-    makespan = statistics.median(report.makespan_us / 1e3 for report in reports)
     on_gpu = rank.device.type == "cuda"
     own = terms_of(contender, rank.rank, case, rank.device) if on_gpu else {}
     return {
-        "idle": [round(1 - statistics.median(values) / step_ms, 5) for values in busy],
-        "makespan ms": round(makespan, 3),
-        "outside computations ms": round(step_ms - makespan, 3),
-        "report": str(reports[-1]),
+        "idle": [round(statistics.median(values), 5) for values in zip(*idle, strict=True)],
+        "before the first computation ms": round(statistics.median(outside), 3),
+        "report": str(report),
         "memory_gib": rank.gathered(own),
-        "notes": list(reports[-1].notes),
+        "notes": list(report.notes),
         "transport": executor.transport.name,
     }
 
@@ -341,7 +345,7 @@ def machine(halves: list[int] | None) -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         found["cuda"] = torch.version.cuda
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["nccl"] = ".".join(map(str, nccl_version()))
     return found
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
 import tempfile
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["nccl_shares_gpus", "two_halves"]
+__all__ = ["nccl_shares_gpus", "nccl_version", "two_halves"]
 
 _CONTROL = "nvidia-cuda-mps-control"
 
@@ -43,7 +42,14 @@ def two_halves(percent: Sequence[int]) -> Iterator[list[dict[str, str]]]:
             subprocess.run([control], env=environment, input=b"quit\n", check=False, timeout=30)
 
 
+def nccl_version() -> tuple[int, int, int]:
+    """Of the library that is loaded; PyTorch says which it was built with."""
+    number = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(number))
+    major, rest = divmod(number.value, 10_000)
+    return major, *divmod(rest, 100)
+
+
 def nccl_shares_gpus() -> bool:
     """Whether NCCL takes two ranks on one GPU."""
-    asked = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    return asked and torch.cuda.nccl.version() >= (2, 30)
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and nccl_version() >= (2, 30)

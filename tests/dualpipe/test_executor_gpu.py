@@ -6,6 +6,7 @@ if NCCL_MULTI_RANK_GPU_ENABLE=1; before, its tests are skipped.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -33,8 +34,9 @@ def nccl_is_there() -> bool:
     """Whether NCCL takes two ranks here."""
     if not torch.cuda.is_available() or not SHARED:
         return torch.cuda.is_available()
-    asked = os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    return asked and torch.cuda.nccl.version() >= (2, 30)
+    version = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and version.value >= 23000
 
 
 NCCL = nccl_is_there()
