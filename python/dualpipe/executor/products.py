@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
 
-__all__ = ["Product", "product_at", "wants_autograd"]
+__all__ = ["Product", "is_small", "product_at", "wants_autograd"]
 
 _MIN_BYTES = 1 << 20
 """Smaller weights gain nothing."""
@@ -46,12 +46,18 @@ class Product(NamedTuple):
     """As what the node has saved the left factor."""
     alpha: float
 
+    @property
+    def factor(self) -> torch.Tensor:
+        """The left factor, as long as the node has it."""
+        saved: torch.Tensor = getattr(self.node, f"_saved_{self.left}")
+        return saved
+
     @torch.no_grad()
-    def add(self, grad: torch.Tensor | None) -> None:
-        """Adds the weight's gradient, from that of the product."""
+    def add(self, grad: torch.Tensor | None, left: torch.Tensor) -> None:
+        """Adds the weight's gradient, from that of the product and the left factor."""
         if grad is None:
             return
-        left, weight = getattr(self.node, f"_saved_{self.left}"), self.weight
+        weight = self.weight
         first, second = (grad.t(), left) if self.transposed else (left.t(), grad)
         if weight.grad is not None:
             weight.grad.addmm_(first, second, alpha=self.alpha)
@@ -98,6 +104,11 @@ def product_at(
     return Product(node, place, weight, transposed, left, getattr(node, "_saved_alpha", 1))
 
 
+def is_small(weight: torch.Tensor) -> bool:
+    """Whether a weight is too small to gain anything."""
+    return weight.nbytes < _MIN_BYTES
+
+
 def _held_by_hooks() -> None: ...
 
 
@@ -112,7 +123,7 @@ def _is_plain(weight: torch.Tensor) -> bool:
     grad = weight.grad
     return (
         type(weight) in {torch.Tensor, torch.nn.Parameter}
-        and weight.nbytes >= _MIN_BYTES
+        and not is_small(weight)
         and not weight._backward_hooks
         and not weight._post_accumulate_grad_hooks
         and (
