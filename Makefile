@@ -114,7 +114,7 @@ bench: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time everythi
 	@$(STEP) 'next window' $(BIN)/python benches/next_window.py
 	@$(STEP) 'schedules' $(BIN)/python benches/schedules.py
 	@$(STEP) 'tables of the schedule page' $(BIN)/python benches/schedule_tables.py
-	@$(STEP) 'table in README.md' $(BIN)/python benches/readme_table.py
+	@$(STEP) 'figures in README.md' $(BIN)/python benches/readme_figures.py
 
 .PHONY: wheel
 wheel: tools dist/.built ## Build the release wheel in dist/

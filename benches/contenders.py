@@ -19,7 +19,10 @@ from transformer import Case, loss_of, make_batch, make_layers
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CONTENDERS", "make_contender"]
+__all__ = ["CONTENDERS", "WARM_UP", "make_contender", "num_ranks"]
+
+WARM_UP = 4
+"""Steps before any is timed."""
 
 
 def _layer_numbers(case: Case, stage: int, num_stages: int) -> range:
@@ -203,6 +206,8 @@ CONTENDERS: dict[str, tuple[Callable[..., Any], str]] = {
     "1F1B": (Ours, "1f1b"),
     "DualPipe, gradients added by autograd": (unfused, "dualpipe"),
     "DualPipeV, gradients added by autograd": (unfused, "dualpipev"),
+    "one rank": (Ours, "1f1b"),
+    "one rank, gradients added by autograd": (unfused, "1f1b"),
     "DeepSeek DualPipe": (DeepSeek, "DualPipe"),
     "DeepSeek DualPipeV": (DeepSeek, "DualPipeV"),
     "torch 1F1B": (Torch, "Schedule1F1B"),
@@ -215,3 +220,8 @@ def make_contender(name: str, case: Case, device: torch.device, **options: Any) 
     """The contender of that name on this rank."""
     kind, argument = CONTENDERS[name]
     return kind(case, device, argument, **options)
+
+
+def num_ranks(name: str) -> int:
+    """How many GPUs a contender runs on: with one there is nobody to wait for."""
+    return 1 if name.startswith("one rank") else 2

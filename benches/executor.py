@@ -37,11 +37,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from contenders import CONTENDERS, make_contender
+from contenders import CONTENDERS, WARM_UP, make_contender, num_ranks
+from copied import reduction
 from memory import terms_of
+from prediction import predict
 from transformer import Case, loss_of, make_batch, make_layers
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 CASES = (Case(2048, 8), Case(256, 32))
 TINY = (Case(64, 8, hidden=64, ffn=96, heads=4), Case(16, 12, hidden=64, ffn=96, heads=4))
-WARM_UP = 4
 LAUNCH_BOUND = 512
 """Sequences up to this length are compared with the launch-free ideal too."""
 LIMIT_S = 90
@@ -69,6 +69,8 @@ class Rank:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             backend = "cpu:gloo,cuda:nccl"
+        else:
+            torch.set_num_threads(1)
         store = f"file://{folder}/store"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
 
@@ -219,101 +221,6 @@ def own_figures(rank: Rank, contender: Any, case: Case) -> dict[str, Any]:
     }
 
 
-def reduction(rank: Rank, case: Case, rounds: int) -> dict[str, Any]:
-    """What the sum of the two copies' gradients takes, and how much of it is hidden."""
-    contender = make_contender("DualPipe", case, rank.device)
-    other = make_contender("DualPipe", case, rank.device, reduce_copies=True)
-    for made in (contender, other):
-        for _ in range(WARM_UP):
-            cleared(made)()
-    stages = [stage for stage, _ in other.executor.stages]
-    grads = [p.grad for s in other.executor.stages.values() for p in s.module.parameters()]
-    same = [grad.double().sum().item() for grad in grads]
-    copies = other.executor._copies
-
-    def nccl() -> None:
-        for grad in grads:
-            dist.all_reduce(grad)
-
-    def alone() -> None:
-        for stage in sorted(stages, reverse=True):
-            copies.start(stage)
-        copies.finish()
-
-    works = {"plain": cleared(contender), "reduced": cleared(other), "alone": alone, "nccl": nccl}
-    times: dict[str, list[float]] = {name: [] for name in works}
-    nccl()
-    for _ in range(rounds):
-        for name, work in works.items():
-            times[name].append(rank.timed(work))
-    pairs = zip(times["plain"], times["reduced"], strict=True)
-    added = statistics.median(b - a for a, b in pairs)
-    whole = statistics.median(times["alone"])
-    for made in (contender, other):
-        made.close()
-    return {
-        "gib": sum(grad.nbytes for grad in grads) / GIB,
-        "all-reduce by NCCL ms": round(statistics.median(times["nccl"]), 3),
-        "alone ms": round(whole, 3),
-        "added to the step ms": round(added, 3),
-        "hidden": round(1 - max(added, 0) / whole, 3),
-        "equal on both": sorted(same) == sorted(rank.gathered(same)[0]),
-    }
-
-
-def cleared(contender: Any) -> Callable[[], None]:
-    """A step from zero gradients, as optimizer steps have it."""
-
-    def step() -> None:
-        for stage in contender.executor.stages.values():
-            stage.module.zero_grad()
-        contender.step()
-
-    return step
-
-
-def predict(rank: Rank, case: Case, rounds: int) -> dict[str, Any]:
-    """Measured under DualPipeV alone, predicted for it and others, and compared."""
-    from prediction import alike, spread
-
-    made = {
-        name: make_contender(name, case, rank.device, measure=True)
-        for name in ("DualPipeV", "DualPipe", "1F1B", "ZBV")
-    }
-    for contender in made.values():
-        for _ in range(WARM_UP):
-            contender.step()
-    measured: dict[str, list[float]] = {name: [] for name in made}
-    costs = []
-    for _ in range(rounds):
-        made["DualPipeV"].step()
-        report = made["DualPipeV"].executor.report()
-        costs.append(report.costs_for_any_rank(alike(made["DualPipeV"].schedule.num_stages)))
-        for name, contender in made.items():
-            contender.step()
-            measured[name].append(contender.executor.report().makespan_us / 1e3)
-    found = {}
-    for name, contender in made.items():
-        given = spread(costs, contender.schedule.num_stages)
-        timeline = contender.schedule.simulate(given, pairs="early_forward")
-        middle = statistics.median(measured[name])
-        found[name] = {
-            "measured ms": round(middle, 3),
-            "predicted ms": round(timeline.makespan / 1e3, 3),
-            "predicted / measured": round(timeline.makespan / 1e3 / middle, 4),
-        }
-    found["slower than the average rank"] = [
-        round(float(f), 4) for f in np.median([c.rank_factor for c in costs], axis=0)
-    ]
-    report = made["DualPipeV"].executor.report()
-    if rank.rank == 0 and (out := os.environ.get("TRACE")):
-        report.to_perfetto(out)
-    found["report"] = str(report)
-    for contender in made.values():
-        contender.close()
-    return found
-
-
 def reference(case: Case, device: torch.device) -> dict[str, float]:
     """The losses without a pipeline."""
     model = make_layers(case, range(case.layers), device)
@@ -331,7 +238,7 @@ def worker(args: argparse.Namespace) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         found = {case.name: reference(case, device) for case in cases}
     else:
-        rank = Rank(args.rank, 2, folder)
+        rank = Rank(args.rank, num_ranks(args.worker), folder)
         works = {"reduction": reduction, "predict": predict}
         work = works.get(args.worker)
         found = {}
@@ -352,7 +259,7 @@ def worker(args: argparse.Namespace) -> None:
 def launched(name: str, args: argparse.Namespace) -> Any:
     """The figures of one worker pair; why there are none, as text, where it failed."""
     with tempfile.TemporaryDirectory() as folder:
-        count = 1 if name == "reference" else 2
+        count = 1 if name == "reference" else num_ranks(name)
         command = [sys.executable, __file__, "--worker", name, "--folder", folder]
         command += ["--rounds", str(args.rounds), *(["--tiny"] if args.tiny else [])]
         environment = dict(os.environ)

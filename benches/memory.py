@@ -53,9 +53,10 @@ def _measured(stage: Any, case: Case, device: torch.device) -> dict[str, int]:
     for split in (False, True):
         meter.set()
         output = stage.module(given)
-        roots: list[Any]
         if stage.is_last:
-            roots, grads = [loss_of(output, target)], None
+            loss = loss_of(output, target)
+            roots, grads = [get_gradient_edge(loss)], [torch.ones_like(loss.detach().clone())]
+            del loss
         else:
             roots, grads = [get_gradient_edge(output)], [grad]
         del output
@@ -79,6 +80,8 @@ def _measured(stage: Any, case: Case, device: torch.device) -> dict[str, int]:
     return found
 
 
+_SENDS = {Kind.SEND_F, Kind.SEND_B}
+_LEFT = {Kind.WAIT_SEND_F, Kind.WAIT_SEND_B}
 _PLAIN = {Kind.OVERLAP_F: Kind.F, Kind.OVERLAP_B: Kind.B}
 
 
@@ -87,15 +90,19 @@ def terms_of(contender: Any, rank: int, case: Case, device: torch.device) -> dic
     executor = contender.executor
     parameters = [p for s in executor.stages.values() for p in s.module.parameters()]
     own = {key: _measured(stage, case, device) for key, stage in executor.stages.items()}
+    message = case.sequence * case.hidden * case.dtype.itemsize
     held: dict[tuple[int, int, int], int] = {}
     waiting: set[tuple[int, int, int]] = set()
+    sent = 0
     best: tuple[int, dict[str, Any]] = (0, {})
-    for kind, stage, m, copy in contender.schedule.instructions(rank):
+    for kind, stage, m, copy in contender.schedule.place_transfers().instructions(rank):
         plain = _PLAIN.get(kind, kind)
+        # What is sent is held until it has left.
+        sent += message * ((kind in _SENDS) - (kind in _LEFT))
         if plain not in {Kind.F, Kind.B, Kind.I, Kind.W}:
             continue
         key, figures = (stage, m, copy), own[stage, copy]
-        total = sum(held.values()) + figures[f"{plain.name} peak"]
+        total = sum(held.values()) + figures[f"{plain.name} peak"] + sent
         if total > best[0]:
             kept = sum(size for at, size in held.items() if at in waiting)
             best = (
@@ -105,6 +112,7 @@ def terms_of(contender: Any, rank: int, case: Case, device: torch.device) -> dic
                     "micro-batches in flight": len(held),
                     "activations": (sum(held.values()) - kept) / GIB,
                     "kept between I and W": kept / GIB,
+                    "being sent": sent / GIB,
                     "used by the instruction itself": figures[f"{plain.name} peak"] / GIB,
                 },
             )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dualpipe.schedule import Timeline
 
-__all__ = ["grid", "plot", "to_perfetto"]
+__all__ = ["grid", "plot", "to_perfetto", "trace_slice"]
 
 _COLOURS = {
     Kind.F: "#f5b041",
@@ -237,8 +237,11 @@ def to_perfetto(
     for index, box in enumerate(boxes):
         if box.pair and box.kind is Kind.F:
             other = boxes[index + 1]
-            events.append(_slice(box, f"{_name(box)} + {_name(other)}", "pair", other.end, unit_us))
-        events.append(_slice(box, _name(box), box.kind.name, box.end, unit_us))
+            name = f"{_name(box)} + {_name(other)}"
+            ends = box.start * unit_us, other.end * unit_us
+            events.append(trace_slice(name, "pair", box.step, *ends, pid=0, rank=box.rank))
+        ends = box.start * unit_us, box.end * unit_us
+        events.append(trace_slice(_name(box), box.kind.name, box.step, *ends, pid=0, rank=box.rank))
     alive = [0] * schedule.num_ranks
     for box in boxes:
         if box.kind is Kind.I or not schedule.has_backward:
@@ -250,7 +253,7 @@ def to_perfetto(
                 "ph": "C",
                 "name": f"activations, rank {box.rank}",
                 "pid": 0,
-                "ts": at * unit_us,
+                "ts": _on_grid(at * unit_us),
                 "args": {"held": alive[box.rank]},
             }
         )
@@ -262,21 +265,37 @@ def to_perfetto(
     return text
 
 
-def _slice(box: _Box, name: str, category: str, end: float, unit_us: float) -> dict[str, Any]:
+def trace_slice(
+    name: str,
+    category: str,
+    step: Instruction,
+    start_us: float,
+    end_us: float,
+    *,
+    pid: int,
+    rank: int,
+) -> dict[str, Any]:
+    """A computation in a Chrome trace."""
+    start, end = _on_grid(start_us), _on_grid(end_us)
     return {
         "ph": "X",
         "name": name,
         "cat": category,
-        "pid": 0,
-        "tid": box.rank,
-        "ts": box.start * unit_us,
-        "dur": (end - box.start) * unit_us,
-        "args": {
-            "stage": box.step.stage,
-            "copy": box.step.copy,
-            "micro_batch": box.step.micro_batch,
-        },
+        "pid": pid,
+        "tid": rank,
+        "ts": start,
+        "dur": end - start,
+        "args": {"stage": step.stage, "copy": step.copy, "micro_batch": step.micro_batch},
     }
+
+
+def _on_grid(us: float) -> float:
+    """A time in whole eighths of a microsecond.
+
+    Readers keep whole nanoseconds of the start and of the length, and drop a slice that sticks
+    out of the one around it by a rounding error. Eighths are exact in both.
+    """
+    return round(us * 8) / 8
 
 
 def _arrows(
@@ -298,9 +317,9 @@ def _arrows(
             continue
         arrow = {"name": "message", "cat": "message", "id": number, "pid": 0}
         # Arrows attach to slices: just inside the maker's end, and at the taker's start.
-        leaves = maker.end - (maker.end - maker.start) * 1e-3
-        yield {**arrow, "ph": "s", "tid": maker.rank, "ts": leaves * unit_us}
-        yield {**arrow, "ph": "f", "bp": "e", "tid": box.rank, "ts": box.start * unit_us}
+        leaves = max(_on_grid(maker.end * unit_us) - 0.125, _on_grid(maker.start * unit_us))
+        yield {**arrow, "ph": "s", "tid": maker.rank, "ts": leaves}
+        yield {**arrow, "ph": "f", "bp": "e", "tid": box.rank, "ts": _on_grid(box.start * unit_us)}
 
 
 def _boxes(timeline: Timeline) -> Iterator[_Box]:

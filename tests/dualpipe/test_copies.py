@@ -67,6 +67,7 @@ def by_pairs() -> dict[str, Any]:
     return {
         "transport": Paired(dist.group.WORLD, torch.device("cpu"), 60.0),
         "fuse_accumulation": True,
+        "reduce_copies": "pairs",
     }
 
 

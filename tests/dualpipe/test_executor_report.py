@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import numpy as np
@@ -14,6 +13,7 @@ from dualpipe.executor.report import StepReport
 from dualpipe.executor.timeline import Span, plain_kind
 from pipelines import Part
 from torch import nn
+from traces import check_trace
 
 FORWARD_S = 0.004
 
@@ -49,7 +49,7 @@ def measured(rank: int, size: int) -> dict:
         "ratio": report.predicted.makespan / report.makespan_us,
         "idle": report.idle_ratio.tolist(),
         "text": str(report),
-        "trace": json.loads(report.to_perfetto()),
+        "trace": report.to_perfetto(),
         "best": search(report.layers([1] * schedule.num_stages), size)[0].method,
     }
     try:
@@ -72,11 +72,10 @@ def test_a_report_measures_predicts_and_draws() -> None:
         assert 0.5 < found["ratio"] < 2
         assert all(0 <= idle < 1 for idle in found["idle"])
         assert "makespan" in found["text"]
-        names = [
-            e["args"]["name"] for e in found["trace"]["traceEvents"] if e["name"] == "process_name"
-        ]
+        events = check_trace(found["trace"])
+        names = [e["args"]["name"] for e in events if e["name"] == "process_name"]
         assert [name.partition(":")[0] for name in names] == ["predicted", "measured"]
-        slices = [e for e in found["trace"]["traceEvents"] if e["ph"] == "X" and e["pid"] == 1]
+        slices = [e for e in events if e["ph"] == "X" and e["pid"] == 1]
         assert len(slices) == sum(found["kinds"])
         assert found["best"]
         assert found["layers"] == "num_layers"

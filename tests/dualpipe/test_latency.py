@@ -8,6 +8,7 @@ faster than its own sleeps.
 from __future__ import annotations
 
 import ctypes
+import gc
 import random
 import time
 from dataclasses import replace
@@ -26,6 +27,23 @@ from torch import nn
 
 TOLERANCE = 0.03
 
+ATTEMPTS = 40
+"""One quiet step is enough, and the first is, where nothing else runs."""
+
+AWAKE_NS = 150_000
+"""So long before its end a sleep is over: the system wakes a process 50 to 100 us late."""
+
+
+def sleep_until(end_ns: int) -> None:
+    """Sleeps; the last stretch awake, so as to be on time."""
+    time.sleep(max(0, end_ns - AWAKE_NS - time.monotonic_ns()) / 1e9)
+    while time.monotonic_ns() < end_ns:
+        pass
+
+
+def sleep(seconds: float) -> None:
+    sleep_until(time.monotonic_ns() + int(seconds * 1e9))
+
 
 class _Late(Arrival):
     def __init__(self, arrival: Arrival, delay_ns: int) -> None:
@@ -36,7 +54,7 @@ class _Late(Arrival):
     def ready(self) -> list[torch.Tensor]:
         (tensor,) = self._arrival.ready()
         due = max(self._posted, int(tensor[0])) + self._delay_ns
-        time.sleep(max(0, due - time.monotonic_ns()) / 1e9)
+        sleep_until(due)
         return [tensor]
 
     def release(self) -> None:
@@ -62,16 +80,16 @@ class LateTransport(GlooTransport):
 class _Asleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, times):
-        time.sleep(times[0])
-        ctx.weight, ctx.times = weight, times
-        return x + 0
+        sleep(times[0])
+        ctx.times = times
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        time.sleep(ctx.times[1])
+        sleep(ctx.times[1])
 
         def compute():
-            time.sleep(ctx.times[2])
+            sleep(ctx.times[2])
 
         if WeightGradStore.enabled:
             WeightGradStore.put(compute)
@@ -88,10 +106,6 @@ class Asleep(nn.Module):
 
     def forward(self, x):
         return _Asleep.apply(x, self.weight, self.times)
-
-
-def first(output, target):
-    return output.sum() + target.sum() * 0
 
 
 class Outcome(NamedTuple):
@@ -112,8 +126,9 @@ def predicted(schedule: Schedule, costs: Costs, delay: float) -> float:
 
 def measure(rank: int, size: int, methods: list[str], micro_batches: int) -> dict:
     """Outcomes by method and delay in units of F."""
-    # Sleeps end within a microsecond or so, not the usual 50.
+    # The system may be 1 ns late of its own accord, not the usual 50 us.
     ctypes.CDLL(None).prctl(29, 1, 0, 0, 0)
+    gc.freeze()
     found = {}
     for method in methods:
         schedule = Schedule.generate(method, size, micro_batches)
@@ -124,7 +139,7 @@ def measure(rank: int, size: int, methods: list[str], micro_batches: int) -> dic
         transport = LateTransport(dist.group.WORLD, torch.device("cpu"), 60)
         options = {"transport": transport, "reduce_copies": False, "measure": True}
         part = Part(rank, [Asleep(part) for part in times], schedule, **options)
-        row = (torch.zeros(1, dtype=torch.float64),), (torch.zeros(1),), {}
+        row = (torch.zeros(1, dtype=torch.float64),), (), {}
         rows = [row] * schedule.num_micro_batches
         forward, backward_input, backward_weight = map(np.array, zip(*times, strict=True))
         asleep = Costs(
@@ -134,8 +149,8 @@ def measure(rank: int, size: int, methods: list[str], micro_batches: int) -> dic
             delay = fraction * float(forward.mean())
             transport.delay_ns = int(delay * 1e9)
             best = Outcome(float("inf"), 1.0, 1.0)
-            for attempt in range(6):
-                part.step(rows, first)
+            for attempt in range(ATTEMPTS):
+                part.step(rows, torch.sum)
                 report = part.executor.report()
                 measured = report.makespan_us / 1e6
                 outcome = Outcome(
@@ -155,8 +170,9 @@ def check(found: dict) -> None:
     for case, values in found.items():
         outcome = Outcome(*values)
         assert abs(outcome.step - 1) < TOLERANCE, (case, outcome)
-        # What the processes of a world take from one another on few cores comes on top.
-        assert 1 < outcome.step_asleep < 1.08, (case, outcome)
+        # What a computation takes beside its sleep, cold after it, and what the processes of a
+        # world take from one another on few cores, come on top.
+        assert 1 < outcome.step_asleep < 1.06, (case, outcome)
         assert 1 < outcome.forward < 1.08, (case, outcome)
 
 

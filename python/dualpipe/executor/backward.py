@@ -11,6 +11,9 @@ sum of the two parts is the whole backward, bit for bit.
 Between I and W are kept: what the joints have saved (a Linear's input, a norm's input and
 statistics), the gradient of each joint's output, and what the branches have saved.
 
+Where products add weight gradients by themselves (:mod:`.products`), B and W do so, and the engine
+has the rest.
+
 A custom autograd Function with weights runs once, in I, weights included. A Function that runs a
 backward of its own inside (reentrant checkpointing) cannot be split: I is the whole backward.
 Non-reentrant checkpoints recompute once in I and once in W. A module that keeps its weight

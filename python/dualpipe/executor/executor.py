@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.distributed_c10d import Store
 
-    from dualpipe.executor.transport.base import TensorSpec, Transport
+    from dualpipe.executor.transport.base import PairSum, TensorSpec, Transport
     from dualpipe.schedule import Costs, Schedule
 
 __all__ = ["PipelineExecutor"]
@@ -60,7 +60,8 @@ class PipelineExecutor:
             found by a dry forward, once for every combination of input shapes.
         gradients: ``"sum"`` of the micro-batches' gradients, as published, or their ``"mean"``.
         reduce_copies: Sum the gradients of a stage's copies, once per optimizer step, and check
-            before the first that the copies are equal.
+            before the first that the copies are equal: by all-reduce, a stage at a time, or with
+            ``"pairs"`` by the transport where it can (``"push"``, two copies), a weight at a time.
         transport: ``"auto"``, ``"push"``, ``"nccl"``, ``"gloo"``, or a transport that is made already.
         device: Where inputs of stages live; by default where the first parameter does.
         limit_s: How long a wait for another rank may last.
@@ -77,7 +78,7 @@ class PipelineExecutor:
 
     Raises:
         PipelineError: ``no_group``, ``group_size``, ``ranks``, ``stages``, ``gradients``,
-            ``transport``.
+            ``graphs``, ``reduce_copies``, ``transport``.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class PipelineExecutor:
         batch_dim: int = 0,
         boundaries: Sequence[TensorSpec] | Sequence[Sequence[TensorSpec]] | None = None,
         gradients: str = "sum",
-        reduce_copies: bool = True,
+        reduce_copies: bool | str = True,
         transport: str | Transport = "auto",
         device: torch.device | None = None,
         limit_s: float = 300.0,
@@ -125,9 +126,7 @@ class PipelineExecutor:
         self._copies: Copies | None = None
         if reduce_copies and schedule.num_copies > 1:
             modules = {stage.index: stage.module for stage in self.stages.values()}
-            mirrors = self._places.mirrors
-            sums = self.transport.pair_sums(sorted(set(mirrors.values())))
-            pairs = {stage: sums[peer] for stage, peer in mirrors.items() if peer in sums}
+            pairs = self._pairs() if reduce_copies == "pairs" else {}
             self._copies = Copies(modules, self._places.holders, limit_s, pairs)
         self._compared = False
         self._planner = Planner(
@@ -251,6 +250,12 @@ class PipelineExecutor:
             raise
         finally:
             self._runner.end()
+
+    def _pairs(self) -> dict[int, PairSum]:
+        """What the transport sums gradients with, by stage."""
+        mirrors = self._places.mirrors
+        sums = self.transport.pair_sums(sorted(set(mirrors.values())))
+        return {stage: sums[peer] for stage, peer in mirrors.items() if peer in sums}
 
     def _lead(self, draft: Draft, settings: Settings) -> Exception | None:
         """Starts a step that the ranks have not agreed on yet; what was raised, to be kept until
@@ -383,6 +388,7 @@ class PipelineExecutor:
         try:
             self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
             _one_of("graphs", graphs, (True, False, "auto"))
+            _one_of("reduce_copies", kinds["reduce_copies"], (True, False, "pairs"))
             self._places = Places(stages, self.schedule, self.group, ranks)
         except PipelineError as error:
             own = error

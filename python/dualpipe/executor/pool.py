@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,9 +39,9 @@ class Pool:
 
     def take(self, spec: TensorSpec) -> torch.Tensor:
         """A tensor of this shape and dtype with arbitrary content."""
-        size = math.prod(spec.shape) * spec.dtype.itemsize
+        size, strides = _layout(spec)
         tensor = torch.empty(0, dtype=spec.dtype, device=self._device)
-        return tensor.set_(self._storage(size), 0, spec.shape, _strides(spec.shape))
+        return tensor.set_(self._storage(size), 0, spec.shape, strides)
 
     def _storage(self, size: int) -> torch.UntypedStorage:
         storages = self._storages.setdefault(size, deque())
@@ -56,7 +56,7 @@ class Pool:
 
     def keep(self, specs: Iterable[TensorSpec]) -> None:
         """Lets go of buffers of all other sizes."""
-        sizes = {math.prod(spec.shape) * spec.dtype.itemsize for spec in specs}
+        sizes = {_layout(spec)[0] for spec in specs}
         self._storages = {k: v for k, v in self._storages.items() if k in sizes}
 
     @property
@@ -65,8 +65,10 @@ class Pool:
         return sum(size * len(storages) for size, storages in self._storages.items())
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+@lru_cache(maxsize=1024)
+def _layout(spec: TensorSpec) -> tuple[int, tuple[int, ...]]:
+    """Bytes, and strides of a tensor without gaps."""
     strides = [1]
-    for extent in reversed(shape[1:]):
+    for extent in reversed(spec.shape):
         strides.append(strides[-1] * extent)
-    return tuple(reversed(strides))[-len(shape) :] if shape else ()
+    return strides[-1] * spec.dtype.itemsize, tuple(reversed(strides[:-1]))

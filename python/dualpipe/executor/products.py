@@ -7,8 +7,9 @@ reads and writes ``.grad`` once, and rounds once. With micro-batches this is eve
 A *product* is the node of a Linear layer (``mm`` or ``addmm``) whose weight it alone uses, as it is
 or transposed. Everything else about the node is left to autograd.
 
-Cost: 8 us of the host's time for each weight of a backward. Two H200, bf16, four transformer layers
-of hidden size 4096: see docs/executor.md.
+Cost: 25 us of the host's time for each weight in B; I and W together take .3 ms less than by autograd
+(28 weights). One H200, bf16, four layers of hidden size 4096: a step takes 5 % less with micro-batches
+of 2048 tokens, and a fifth less with 256; see docs/executor.md.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dualpipe.choice import Layers
+from dualpipe.draw import trace_slice
 from dualpipe.errors import PipelineError
 from dualpipe.executor.timeline import Span, plain_kind
 from dualpipe.instruction import Kind
@@ -248,16 +249,10 @@ class StepReport:
 
     def _slice(self, span: Span, rank: int) -> dict[str, Any]:
         _, stage, micro_batch, copy = span.instruction
-        return {
-            "ph": "X",
-            "name": f"{stage}{chr(39) * copy}{_kind_name(span)}{micro_batch}",
-            "cat": _kind_name(span),
-            "pid": 1,
-            "tid": rank,
-            "ts": span.start_s * 1e6 - self._bounds[0],
-            "dur": _length(span),
-            "args": {"stage": stage, "copy": copy, "micro_batch": micro_batch},
-        }
+        kind = _kind_name(span)
+        name = f"{stage}{chr(39) * copy}{kind}{micro_batch}"
+        start, end = (at * 1e6 - self._bounds[0] for at in (span.start_s, span.end_s))
+        return trace_slice(name, kind, span.instruction, start, end, pid=1, rank=rank)
 
     def _all(self) -> Iterator[Span]:
         for rank in self.spans:

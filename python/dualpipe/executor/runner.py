@@ -64,10 +64,12 @@ class Runner:
         """The plan that the transport is ready for: that of the last step."""
         self._num_runs = 0
         """How many steps of it have been run."""
-        first = (stage.module for stage in places.stages.values() if stage.is_first)
+        first = [stage.module for stage in places.stages.values() if stage.is_first]
+        self._enters = bool(first)
+        """Whether micro-batches enter here."""
         self._buffers = [buffer for module in first for buffer in module.buffers()]
-        self._versions: list[int] = []
-        """Of these buffers, at the first step of the plan."""
+        self._seen: list[torch.Tensor] = []
+        """Their contents before the last of the steps that warm up."""
         self._changing: list[torch.Tensor] = []
         """Those that steps change."""
         self._before: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
@@ -77,11 +79,16 @@ class Runner:
 
     def leads(self, plan: Plan) -> bool:
         """Whether a step may be started before the ranks have agreed on it."""
-        return (
-            plan is self._prepared
-            and self._num_runs >= _STEADY
-            and any(stage.is_first for stage in self._places.stages.values())
-        )
+        ready = plan is self._prepared and self._num_runs >= _STEADY
+        # On GPUs nobody has seen yet that captured graphs bear it.
+        if not ready or not self._enters or self._device.type != "cpu":
+            return False
+        if self._seen:
+            # By their contents, since batch norms do not count what they write.
+            pairs = zip(self._buffers, self._seen, strict=True)
+            self._changing = [buffer for buffer, seen in pairs if not torch.equal(buffer, seen)]
+            self._seen = []
+        return True
 
     def start(self, plan: Plan, batch: Batch, settings: Settings, *, reducing: bool) -> None:
         """Sets the stages up for a step."""
@@ -122,15 +129,13 @@ class Runner:
         if plan is not self._prepared:
             self._prepared = None
             self._num_runs = 0
-            self._versions = [buffer._version for buffer in self._buffers]
             self._transport.prepare(self.stream.envelopes(training=settings.training))
             self._prepared = plan
+        if self._num_runs == _STEADY - 1:
+            self._seen = [buffer.clone() for buffer in self._buffers]
         with _on(self._device):
             self.stream.run()
         self._num_runs += 1
-        if self._num_runs == _STEADY:
-            pairs = zip(self._buffers, self._versions, strict=True)
-            self._changing = [buffer for buffer, version in pairs if buffer._version != version]
 
     def wait(self, poll: Callable[[], None]) -> None:
         """Waits until the GPU has ended the step.
