@@ -252,7 +252,7 @@ class _Weights:
         with _RECOMPUTE_ONCE():
             _engine([start], [start.detach()], wanted, keep=True, accumulate=False)
 
-    def _run_joints(self, _: torch.Tensor) -> None:
+    def _run_joints(self, _start: torch.Tensor) -> None:
         ready = _Ready(self._retain)
         for edge, grad, branch in self._outputs:
             ready.add(edge, grad, branch)
