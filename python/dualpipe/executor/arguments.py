@@ -8,7 +8,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store
 
 from dualpipe.errors import PipelineError
 from dualpipe.schedule import Schedule
@@ -50,7 +50,7 @@ def check_options(*, limit_s: Any, seed: Any, batch_dim: Any, store: Any) -> Non
     Raises:
         PipelineError: ``limit_s``, ``seed``, ``batch_dim``, ``store``.
     """
-    if not isinstance(limit_s, Real) or not 0 < limit_s < math.inf:
+    if not isinstance(limit_s, Real) or not 0 < float(limit_s) < math.inf:
         raise PipelineError(
             code="limit_s",
             argument="limit_s",
@@ -65,7 +65,7 @@ def check_options(*, limit_s: Any, seed: Any, batch_dim: Any, store: Any) -> Non
                 got=repr(value),
                 expected="a whole number of 64 bits",
             )
-    if not isinstance(store, dist.Store | None):
+    if not isinstance(store, Store | None):
         raise PipelineError(
             code="store",
             argument="store",

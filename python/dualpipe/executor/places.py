@@ -90,15 +90,21 @@ class Places:
 
         What crosses boundaries, and which gradients come back, may follow from it.
 
-        Cost: 1.5 us a parameter.
+        Cost: .3 us a parameter.
         """
-        modules = [stage.module for stage in self.stages.values()]
+        training = tuple(stage.module.training for stage in self.stages.values())
+        if not with_gradients:
+            return (training,)
         learning = (
-            bytes(parameter.requires_grad for parameter in module.parameters())
-            for module in modules
-            if with_gradients
+            bytes(
+                parameter.requires_grad
+                for module in stage.modules
+                for parameter in module._parameters.values()
+                if parameter is not None
+            )
+            for stage in self.stages.values()
         )
-        return tuple(module.training for module in modules), *learning
+        return training, *learning
 
     @cached_property
     def device(self) -> torch.device:
@@ -144,7 +150,8 @@ def group_ranks(ranks: Sequence[int] | None, num_ranks: int, group_size: int) ->
             expected=f"{num_ranks}, as the schedule has",
         )
     every = range(num_ranks)
-    given = list(every if ranks is None else ranks) if isinstance(ranks, Iterable | None) else []
+    asked: object = every if ranks is None else ranks
+    given = list(asked) if isinstance(asked, Iterable) else []
     if len(given) != num_ranks or any(rank not in given for rank in every):
         raise PipelineError(
             code="ranks",
