@@ -121,7 +121,7 @@ class Planner:
     ) -> None:
         if not isinstance(policy, str):
             raise wrong_type("policy", policy, "a string")
-        if not isinstance(release_gil, bool | np.bool | None):
+        if not isinstance(release_gil, bool | np.bool_ | None):
             raise wrong_type("release_gil", release_gil, "True, False or None")
         known = policy.encode(errors="replace").decode()  # lone surrogates have no UTF-8
         release = None if release_gil is None else bool(release_gil)
