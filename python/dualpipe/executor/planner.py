@@ -237,6 +237,8 @@ class Planner:
             schedule = schedule.forward_only()
         if not schedule.has_transfers:
             schedule = schedule.place_transfers()
+        # Also what was read without a proof: it would wait until the limit, or add twice.
+        schedule.verify(transports=("eager",))
         boundaries: Mapping[tuple[int, int], Sequence[Boundary]]
         placement = schedule.placement.tolist()
         crosses = any(len(set(row)) > 1 for row in placement)
