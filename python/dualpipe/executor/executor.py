@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.distributed_c10d import Store
 
+    from dualpipe.costs import Costs
     from dualpipe.executor.transport.base import PairSum, TensorSpec, Transport
-    from dualpipe.schedule import Costs, Schedule
+    from dualpipe.schedule import Schedule
 
 __all__ = ["PipelineExecutor"]
 
