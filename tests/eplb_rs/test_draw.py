@@ -129,9 +129,12 @@ def test_any_shape(layers, experts, topology, tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 5000
 
 
-def test_zero_load(tmp_path):
+def test_zero_load_is_drawn_as_even():
     plan = eplb_rs.Planner(eplb_rs.Topology(1, 2, 3)).plan(np.zeros((2, 4)))
-    draw.save(Report(plan=plan), tmp_path / "plan.html")
+    report = Report(plan=plan)
+    assert "1.0000" in Page(draw.page(report)).cells
+    for axis in draw.figure(report).axes[:2]:
+        assert (axis.images[0].get_array() == 1.0).all()
 
 
 def test_matplotlib_is_left_as_it_was(tmp_path):
