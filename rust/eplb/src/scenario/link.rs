@@ -232,7 +232,7 @@ impl Links {
             self.carried[self.layer.rank(to)] += swaps.shift;
         } else {
             make(&mut self.layer);
-            self.worth.keep_found(&self.layer, |_, _, _| ());
+            self.worth.keep_found(&self.layer);
         }
     }
 }

@@ -92,7 +92,10 @@ impl Worth {
             let level = self.level(index, i64::MAX);
             self.cases[index].level = level;
         }
-        self.keep_found(layer, |_, _, _| ());
+        self.keep_found(layer);
+        for case in &mut self.cases {
+            case.sets.tight = case.sets.latest;
+        }
     }
 
     /// A bound for what a layer is worth in which some experts, 4 at most, are elsewhere; with the
@@ -130,7 +133,7 @@ impl Worth {
         for case in &mut self.cases {
             case.level = case.next;
         }
-        self.keep_found(layer, |_, _, _| ());
+        self.keep_found(layer);
     }
 
     /// What a layer is worth that differs from the one solved last, or something that is not below
@@ -167,17 +170,14 @@ impl Worth {
         ((level as f64 / WHOLE) as f32).max(1.0)
     }
 
-    /// Keeps the sets that flows have found, and calls `mark` with the load and the number of each
-    /// that is new.
+    /// Keeps the sets that flows have found.
     #[inline(always)]
-    pub(super) fn keep_found(&mut self, layer: &Layer, mut mark: impl FnMut(&Case, usize, usize)) {
+    pub(super) fn keep_found(&mut self, layer: &Layer) {
         let mut begin = 0;
         for &(index, end) in &self.found {
             let case = &mut self.cases[index];
             let ranks = &self.found_ranks[begin..end];
-            if case.sets.keep(layer, &case.loads, ranks) {
-                mark(case, index, case.sets.tight);
-            }
+            case.sets.keep(layer, &case.loads, ranks);
             begin = end;
         }
         self.found.clear();
@@ -217,8 +217,9 @@ pub(super) struct Sets {
     inverse: Row,
     sums: [f64; MOST],
     means: Row,
-    /// The set that was tight last, and when each was.
+    /// The set that is tight, the one that was found last, and when each was.
     tight: usize,
+    latest: usize,
     stamps: [u32; MOST],
     clock: u32,
 }
@@ -233,18 +234,19 @@ impl Sets {
             sums: [0.0; MOST],
             means: [0.0; MOST],
             tight: 0,
+            latest: 0,
             stamps: [0; MOST],
             clock: 0,
         }
     }
 
-    /// Keeps a set, in the place of the one that has not been tight for longest; whether it is new.
-    fn keep(&mut self, layer: &Layer, loads: &[f32], ranks: &[u32]) -> bool {
+    /// Keeps a set, in the place of the one that has not been tight for longest.
+    fn keep(&mut self, layer: &Layer, loads: &[f32], ranks: &[u32]) {
         self.clock += 1;
         if let Some(known) = self.find(ranks) {
-            self.tight = known;
+            self.latest = known;
             self.stamps[known] = self.clock;
-            return false;
+            return;
         }
         let set = if self.len < MOST {
             self.len += 1;
@@ -262,7 +264,7 @@ impl Sets {
         }
         self.inverse[set] = 1.0 / ranks.len() as f32;
         self.stamps[set] = self.clock;
-        self.tight = set;
+        self.latest = set;
         self.sums[set] = 0.0;
         for (expert, &load) in loads.iter().enumerate() {
             let holds = self.holding(layer, expert, None) & bit;
@@ -272,7 +274,6 @@ impl Sets {
             }
         }
         self.means[set] = (self.sums[set] / ranks.len() as f64) as f32;
-        true
     }
 
     /// Which of the sets has these ranks.
