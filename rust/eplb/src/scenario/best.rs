@@ -11,7 +11,8 @@ use std::collections::BinaryHeap;
 use multiversion::multiversion;
 
 use super::layer::{Exchange, Layer};
-use super::sets::{Case, Shift, Worth};
+use super::sets::Shift;
+use super::worth::{Case, Worth};
 use crate::balance::Fuel;
 
 /// What an exchange must gain in any case, in parts of the mean rank load.
@@ -255,10 +256,10 @@ impl Search<'_> {
     fn solve(&mut self, number: usize) {
         self.fuel.step();
         let exchange = self.scratch.exchanges[number];
+        let experts = self.layer.concerned(exchange);
         let back = self.layer.make(exchange);
-        let value = self
-            .worth
-            .after(self.layer, &self.scratch.bounds, self.least);
+        let bounds = &self.scratch.bounds;
+        let value = self.worth.after(self.layer, &experts, bounds, self.least);
         self.layer.make(back);
         self.worth.keep_found(self.layer);
         if value < self.least {
