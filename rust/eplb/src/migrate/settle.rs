@@ -1,7 +1,7 @@
 //! Moves that cannot be avoided: a place for experts that lost theirs, and something for slots that
 //! hold nothing.
 
-use super::table::{BARRED, Ranks, Site, Table};
+use super::table::{Ranks, Site, Table};
 use crate::balance::share;
 
 /// Stands for no island.
@@ -136,15 +136,13 @@ fn level_with(
     let Some(old) = table.expert_in(site) else {
         return Some(ranks.time(rank, load)).filter(|&level| level <= most);
     };
-    let count = table.count(old);
-    let held = table.share_in(site);
-    if held != BARRED && ranks.time(rank, load - held) > most {
+    let before = table.carried_in(site, weight, old);
+    if ranks.time(rank, load - before) > most {
         return None;
     }
-    let before = share(weight[old], count);
-    let more = share(weight[old], count - 1) - before;
-    let left = (table.times(rank, old) - 1) * more - before;
-    let mut level = ranks.time(rank, load + left);
+    let more = share(weight[old], table.count(old) - 1) - before;
+    let again = (table.times(rank, old) - 1) * more;
+    let mut level = ranks.time(rank, load - before + again);
     table.each_host(old, |host, times| {
         if host != rank {
             level = level.max(ranks.time(host, table.load[host] + times * more));

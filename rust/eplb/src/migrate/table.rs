@@ -361,6 +361,15 @@ impl Table {
         self.share[self.index(site)]
     }
 
+    /// What a replica of an expert carries, whether it may be exchanged or not.
+    #[inline(always)]
+    pub(crate) fn carried_in(&self, site: Site, weight: &[i32], expert: usize) -> i32 {
+        match self.share_in(site) {
+            BARRED => share(weight[expert], self.count[expert]),
+            carried => carried,
+        }
+    }
+
     #[inline(always)]
     fn expert_at(&self, index: usize) -> Option<usize> {
         let expert = self.expert[index];

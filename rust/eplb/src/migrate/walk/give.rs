@@ -111,12 +111,12 @@ impl Walker<'_> {
         let mut hots = std::mem::take(&mut self.scratch.hots);
         hots.clear();
         for slot in self.ranks.slots(heavy) {
-            let Some(expert) = self.table.expert_in(Site::new(heavy, slot)) else {
+            let site = Site::new(heavy, slot);
+            let Some(expert) = self.table.expert_in(site) else {
                 continue;
             };
-            let count = self.table.count(expert);
-            let before = share(self.weight[expert], count);
-            let after = share(self.weight[expert], count + 1);
+            let before = self.table.carried_in(site, self.weight, expert);
+            let after = share(self.weight[expert], self.table.count(expert) + 1);
             let over = &self.scratch.over;
             let mut relief = 0;
             self.table.each_host(expert, |rank, times| {
@@ -146,9 +146,9 @@ impl Walker<'_> {
             let Some(expert) = self.table.expert_in(site) else {
                 continue;
             };
-            let count = self.table.count(expert);
-            let before = share(self.weight[expert], count);
-            let more = share(self.weight[expert], count - 1) - before;
+            let before = self.table.carried_in(site, self.weight, expert);
+            let fewer = self.table.count(expert) - 1;
+            let more = share(self.weight[expert], fewer) - before;
             let mut burden = 0;
             let mut times = 1;
             self.table.each_host(expert, |host, here| {
