@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-    from dualpipe.schedule import Timeline
+    from dualpipe.timeline import Timeline
 
 __all__ = ["grid", "plot", "to_perfetto", "trace_slice"]
 
