@@ -245,6 +245,8 @@ def test_progress_is_told(trace):
         ({"num_groups": 3}, "not_divisor", "num_groups"),
         ({"topology": 8}, "wrong_type", "topology"),
         ({"topology": Topology(1, 1, 3)}, "too_small", "num_replicas"),
+        ({"trace": np.ones((3, 2, 0))}, "empty", "trace"),
+        ({"links": 17.3e6}, "wrong_type", "links"),
         ({"links": Links(0)}, "out_of_range", "expert_bytes"),
         ({"links": Links(1, 1, float("inf"))}, "out_of_range", "inter_node_gb_s"),
         ({"links": Links(1, 1)}, "inconsistent", "inter_node_gb_s"),
