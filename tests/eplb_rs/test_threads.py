@@ -190,6 +190,28 @@ def test_planning_goes_on_while_another_thread_computes(release_gil: bool | None
         assert planner.plan(one) == wanted
 
 
+@pytest.mark.parametrize("limit", [{"time_limit_us": 3e5}, {"iterations": 30_000}])
+def test_others_run_while_a_search_is_long(limit: dict[str, Any]) -> None:
+    """However few slots there are."""
+    ticks = 0
+    stop = threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not stop.wait(0.002):
+            ticks += 1
+
+    thread = threading.Thread(target=tick, daemon=True)
+    planner = Planner(Topology(18, 8, 2), **limit)
+    thread.start()
+    planner.plan(load(0, num_layers=1))
+    ran = ticks
+    stop.set()
+    thread.join(60)
+    assert planner.last_timing.native_us > 50_000, "too short to see"
+    assert ran > 3
+
+
 @pytest.mark.skipif(not HAS_GIL, reason="nobody waits for an interpreter without a lock")
 @pytest.mark.usefixtures("busy")
 def test_the_wait_for_the_interpreter_is_reported_apart() -> None:
