@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
@@ -342,10 +342,6 @@ def _observed(forecaster: Forecaster, number: int, window: Load) -> bool:
         ) from None
 
 
-_SINCE_SHIFT = Outlook(shift=1.0)
-"""Scenarios of all windows given: they are those since the last shift already."""
-
-
 class _Windows:
     """The windows of a trace as they are replayed: merged, float32, one at a time."""
 
@@ -462,12 +458,15 @@ class _Track:
         self._steps.append((window, moves, plan_us, seconds))
 
     def _for_scenarios(self, windows: npt.NDArray[np.float32], before: Plan | None) -> Plan:
+        split = "shares" if "arriving" in self._scores else "uniform"
+        # The windows given are those since the last shift already.
+        outlook = replace(Outlook.for_split(split), shift_threshold=None)
         return self.planner.plan_windows(
             windows,
             previous=before,
             max_moves=None if before is None else self._max_moves,
-            split="shares" if "arriving" in self._scores else "uniform",
-            outlook=_SINCE_SHIFT,
+            split=split,
+            outlook=outlook,
         )
 
     def outcomes(self) -> Iterator[Outcome]:

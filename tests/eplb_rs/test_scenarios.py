@@ -214,7 +214,7 @@ def test_windows_before_a_shift_are_left_out(windows):
     assert (scenarios[0] == windows[11]).all()
     assert (scenarios == outlook.scenarios(windows[:12])).all()
     # A layer's copies do not depend on those before it.
-    alone = Outlook(copies=3, shift=1.0).scenarios(windows[8:12, 2:3])
+    alone = Outlook(copies=3, shift_threshold=None).scenarios(windows[8:12, 2:3])
     assert (alone == scenarios[:, 2:3]).all()
 
 
@@ -269,8 +269,9 @@ def test_bad_input_is_refused(change, code, argument):
     ("settings_", "code"),
     [
         ({"spread": -1.0}, "out_of_range"),
-        ({"flatness": 2.0}, "out_of_range"),
-        ({"shift": float("nan")}, "out_of_range"),
+        ({"spread": 101}, "out_of_range"),
+        ({"shift_threshold": float("nan")}, "out_of_range"),
+        ({"shift_threshold": "x"}, "wrong_type"),
         ({"copies": -1}, "negative"),
         ({"most_windows": 0}, "not_positive"),
         ({"copies": 1000}, "too_large"),
