@@ -42,17 +42,18 @@ class Outlook:
     The copies are drawn with fixed seeds: the same windows give the same scenarios, everywhere.
 
     How far windows differ follows from how much they hold: a count of n tokens scatters by the root
-    of n, if each token chooses by itself. So copies of windows of a thousand tokens differ much,
-    and those of millions hardly at all: what has been is then what will be.
+    of n if each token chooses by itself, and by some multiple of that, which several windows show,
+    as tokens come in texts and loads drift. So copies of windows of a thousand tokens differ much,
+    and those of millions hardly at all, unless they did before.
 
     Attributes:
         shift_threshold: When the load has shifted: as for
             :class:`~eplb_rs.forecast.Forecaster`, ``None`` for never.
         most_windows: The most windows that are taken, from the last back.
         copies: How many copies there are.
-        spread: How many times as far copies scatter as counting does. What they scatter about is
-            drawn to an even load, by as much as an expert of mean load scatters, as a part of its
-            load. That part is at most .3: to plan for more gains nothing.
+        spread: How many times as far copies scatter as windows have done; 0 to 100. What they
+            scatter about is drawn to an even load, by as much as an expert of mean load scatters,
+            as a part of its load. That part is at most .3: to plan for more gains nothing.
     """
 
     shift_threshold: float | None = SHIFT_THRESHOLD
@@ -66,9 +67,9 @@ class Outlook:
 
         Tokens that are split anew reach balance in all windows that have been: what helps is to
         plan for many that differ from these, the default. Even splits gain little by that: 16
-        copies, which scatter as counting does.
+        copies, which scatter less.
         """
-        return cls() if split == "shares" else cls(copies=16, spread=1.0)
+        return cls() if split == "shares" else cls(copies=16, spread=0.6)
 
     def since_shift(self, windows: LoadLike) -> int:
         """The first window after the last shift; 0 if there was none.

@@ -10,6 +10,7 @@ mod shift;
 
 use crate::error::{Code, Error, Result, require_positive};
 use crate::load::Load;
+pub(crate) use memory::total;
 use memory::{Memory, Predictor};
 use record::Record;
 

@@ -11,7 +11,6 @@
 mod account;
 mod best;
 mod climb;
-mod even;
 mod layer;
 mod link;
 mod outlook;
@@ -38,7 +37,6 @@ use layer::Layer;
 use paths::Path;
 use relief::FewMoves;
 use rows::Futures;
-use search::Limits;
 
 /// The most scenarios of a plan: more would tell little and cost much.
 pub const MAX_SCENARIOS: usize = 256;
@@ -225,9 +223,7 @@ impl Planner {
         let max_moves = aim.max_moves.filter(|_| moved);
         let per_layer = aim.max_moves_per_layer.filter(|_| moved);
         let most = max_moves.unwrap_or(usize::MAX).min(topology.num_slots());
-        let limits = Limits {
-            max_moves: per_layer.unwrap_or(usize::MAX).min(most),
-        };
+        let most = per_layer.unwrap_or(usize::MAX).min(most);
         let num_slots = topology.num_slots();
         let layer_sums = mean
             .layers()
@@ -241,7 +237,7 @@ impl Planner {
                 start,
                 layer_sums: &layer_sums,
                 max_moves,
-                max_moves_per_layer: limits.max_moves,
+                max_moves_per_layer: most,
             };
             return self.follow(start, &few.paths(), &layer_sums, max_moves);
         }
@@ -250,7 +246,7 @@ impl Planner {
             scenarios,
             weights,
             split: aim.split,
-            limits,
+            max_moves: most,
             over_layers: max_moves.is_some(),
             start,
         };
@@ -331,7 +327,8 @@ struct Work<'a> {
     scenarios: &'a Scenarios<'a>,
     weights: &'a [f64],
     split: Split,
-    limits: Limits,
+    /// Of each layer.
+    max_moves: usize,
     /// Whether moves are handed out over all layers.
     over_layers: bool,
     start: &'a Placement,
@@ -343,7 +340,6 @@ impl Work<'_> {
         let num_slots = self.planner.topology().num_slots();
         let num_layers = paths.len();
         let mut futures = Futures::default();
-        let mut scratch = search::Scratch::default();
         let began = Instant::now();
         let layers = slots.chunks_exact_mut(num_slots).zip(paths).enumerate();
         for (index, (slots, path)) in layers {
@@ -363,20 +359,11 @@ impl Work<'_> {
                     Fuel::until(now + left / (num_layers - index) as u32)
                 }
             };
-            let most = self.limits.max_moves;
-            match self.split {
-                Split::Uniform if self.over_layers => {
-                    search::improve_even(
-                        &mut layer,
-                        &futures,
-                        self.limits,
-                        &mut fuel,
-                        &mut scratch,
-                    );
-                    path.take(scratch.first, &scratch.path);
-                }
-                Split::Uniform => climb::climb_even(&mut layer, &futures, most, &mut fuel),
-                Split::Shares => climb::climb_shared(&mut layer, &futures, most, &mut fuel),
+            let most = self.max_moves;
+            if self.over_layers {
+                search::descend(&mut layer, &futures, most, &mut fuel, path);
+            } else {
+                climb::climb(&mut layer, &futures, self.split, most, &mut fuel);
             }
             layer.write(slots);
         }

@@ -121,19 +121,7 @@ impl<const SHARES: bool> Account<SHARES> {
         exchange: Exchange,
         limit: f32,
     ) -> bool {
-        self.trial.number += 1;
-        self.trial.ranks.clear();
-        self.trial.slots.clear();
-        let experts = layer.concerned(exchange);
-        for expert in experts {
-            self.touch(layer, expert);
-            self.lift(layer, expert);
-        }
-        let back = layer.make(exchange);
-        for expert in experts {
-            self.touch(layer, expert);
-            self.pour(layer, futures, expert);
-        }
+        let back = self.put_on_trial(layer, futures, exchange);
         let mut missing = self.worth_on_trial(futures) - limit;
         let mut course = [0.0; SWEEPS_IN_TRIAL];
         for sweep in 0..if SHARES { SWEEPS_IN_TRIAL } else { 0 } {
@@ -166,6 +154,73 @@ impl<const SHARES: bool> Account<SHARES> {
         }
         self.sum(futures);
         true
+    }
+
+    /// What the placement is worth after an exchange, the tokens of other experts as they are.
+    #[inline(always)]
+    pub(super) fn after(
+        &mut self,
+        layer: &mut Layer,
+        futures: &Futures,
+        exchange: Exchange,
+    ) -> f32 {
+        let back = self.put_on_trial(layer, futures, exchange);
+        let worth = self.worth_on_trial(futures);
+        layer.make(back);
+        self.take_back();
+        worth
+    }
+
+    /// Makes an exchange on trial, pouring the two experts that it concerns; returns the one that
+    /// takes it back.
+    #[inline(always)]
+    fn put_on_trial(
+        &mut self,
+        layer: &mut Layer,
+        futures: &Futures,
+        exchange: Exchange,
+    ) -> Exchange {
+        self.trial.number += 1;
+        self.trial.ranks.clear();
+        self.trial.slots.clear();
+        if !SHARES && let Exchange::Swap { a, b } = exchange {
+            // Shares stay as they are, and so does all else.
+            let slots = [a, b].map(|slot| slot as usize);
+            slots.iter().for_each(|&slot| self.touch_slot(layer, slot));
+            let back = layer.make(exchange);
+            for slot in slots {
+                self.fill(layer, futures, slot);
+            }
+            return back;
+        }
+        let experts = layer.concerned(exchange);
+        for expert in experts {
+            self.touch(layer, expert);
+            self.lift(layer, expert);
+        }
+        let back = layer.make(exchange);
+        for expert in experts {
+            self.touch(layer, expert);
+            self.pour(layer, futures, expert);
+        }
+        back
+    }
+
+    /// Marks the ranks that are the heaviest in some scenario.
+    #[inline(always)]
+    pub(super) fn mark_heaviest(&self, futures: &Futures, marks: &mut [bool]) {
+        marks.fill(false);
+        for scenario in 0..futures.num_scenarios {
+            let (block, lane) = (scenario / LANES, scenario % LANES);
+            let mut heaviest = (0.0, 0);
+            for rank in 0..marks.len() {
+                let load = self.ranks[rank * self.num_blocks + block][lane];
+                if load > heaviest.0 {
+                    heaviest = (load, rank);
+                }
+            }
+            marks[heaviest.1] = true;
+        }
     }
 
     /// Sums ranks and squares anew: what was added and taken away has left rounding behind.
@@ -235,22 +290,26 @@ impl<const SHARES: bool> Account<SHARES> {
     /// Remembers what the slots of an expert and their ranks carry.
     #[inline(always)]
     fn touch(&mut self, layer: &Layer, expert: usize) {
-        let trial = &mut self.trial;
         for &slot in layer.places(expert) {
-            let slot = slot as usize;
-            if trial.slot_touched[slot] == trial.number {
-                continue;
-            }
-            trial.slot_touched[slot] = trial.number;
-            trial.slots.push(slot as u32);
-            copy(&self.parts, &mut trial.slot_rows, slot, self.num_blocks);
-            let rank = layer.rank(slot);
-            if trial.rank_touched[rank] != trial.number {
-                trial.rank_touched[rank] = trial.number;
-                trial.ranks.push(rank as u32);
-                copy(&self.ranks, &mut trial.rank_rows, rank, self.num_blocks);
-                trial.squares[rank] = self.squares[rank];
-            }
+            self.touch_slot(layer, slot as usize);
+        }
+    }
+
+    #[inline(always)]
+    fn touch_slot(&mut self, layer: &Layer, slot: usize) {
+        let trial = &mut self.trial;
+        if trial.slot_touched[slot] == trial.number {
+            return;
+        }
+        trial.slot_touched[slot] = trial.number;
+        trial.slots.push(slot as u32);
+        copy(&self.parts, &mut trial.slot_rows, slot, self.num_blocks);
+        let rank = layer.rank(slot);
+        if trial.rank_touched[rank] != trial.number {
+            trial.rank_touched[rank] = trial.number;
+            trial.ranks.push(rank as u32);
+            copy(&self.ranks, &mut trial.rank_rows, rank, self.num_blocks);
+            trial.squares[rank] = self.squares[rank];
         }
     }
 
@@ -301,11 +360,8 @@ impl<const SHARES: bool> Account<SHARES> {
     fn pour(&mut self, layer: &Layer, futures: &Futures, expert: usize) {
         let places = layer.places(expert);
         if !SHARES {
-            let share = 1.0 / places.len() as f32;
             for &slot in places {
-                self.set(layer, slot as usize, |block| {
-                    futures.load(block, expert).map(|load| load * share)
-                });
+                self.fill(layer, futures, slot as usize);
             }
             return;
         }
@@ -317,6 +373,16 @@ impl<const SHARES: bool> Account<SHARES> {
             }
             _ => self.pour_over_many(layer, futures, expert),
         }
+    }
+
+    /// Gives a slot an even share of its expert's tokens.
+    #[inline(always)]
+    fn fill(&mut self, layer: &Layer, futures: &Futures, slot: usize) {
+        let expert = layer.expert(slot as u32);
+        let share = 1.0 / layer.count(expert) as f32;
+        self.set(layer, slot, |block| {
+            futures.load(block, expert).map(|load| load * share)
+        });
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 use super::{Scenarios, check_windows};
 use crate::balance::Random;
 use crate::error::{Code, Error, Result};
-use crate::forecast::{SHIFT_THRESHOLD, ShiftDetector};
+use crate::forecast::{SHIFT_THRESHOLD, ShiftDetector, total};
 use crate::load::Load;
 
 /// The largest spread.
@@ -17,8 +17,9 @@ const MAX_PART: f64 = 0.3;
 /// them, each from one in turn, as a window to come may.
 ///
 /// How far windows differ follows from how much they hold: a count of n tokens scatters by
-/// `sqrt(n)`, if each token chooses by itself. So copies of windows of a thousand tokens differ
-/// much, and those of millions hardly at all: what has been is then what will be.
+/// `sqrt(n)` if each token chooses by itself, and by some multiple of that, which several windows
+/// show, as tokens come in texts and loads drift. So copies of windows of a thousand tokens differ
+/// much, and those of millions hardly at all, unless they did before.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Outlook {
     /// When the load has shifted; see [`SHIFT_THRESHOLD`]. `None` takes it never to have.
@@ -27,8 +28,8 @@ pub struct Outlook {
     pub most_windows: usize,
     /// How many copies there are.
     pub copies: usize,
-    /// How many times as far copies scatter as counting does. What they scatter about is drawn to
-    /// an even load, by as much as an expert of mean load scatters, as a part of its load.
+    /// How many times as far copies scatter as windows have done. What they scatter about is drawn
+    /// to an even load, by as much as an expert of mean load scatters, as a part of its load.
     pub spread: f64,
 }
 
@@ -93,29 +94,22 @@ impl Outlook {
             // Every layer draws the same numbers, so that its plan does not depend on others.
             let mut random = Random::new();
             let begin = layer * num_experts;
+            let rows = of_windows.chunks_exact(layers);
+            let scatter = self.spread * excess(rows.map(|window| &window[begin..][..num_experts]));
             for (copy, windows) in copies
                 .chunks_exact_mut(layers)
                 .zip(of_windows.chunks_exact(layers).cycle())
             {
-                let window = &windows[begin..begin + num_experts];
-                self.scatter(window, &mut random, &mut copy[begin..begin + num_experts]);
+                let window = &windows[begin..][..num_experts];
+                scattered(
+                    window,
+                    scatter,
+                    &mut random,
+                    &mut copy[begin..][..num_experts],
+                );
             }
         }
         Ok(scenarios)
-    }
-
-    /// A copy of a layer's load.
-    fn scatter(&self, window: &[f32], random: &mut Random, copy: &mut [f32]) {
-        let all: f64 = window.iter().map(|&load| f64::from(load)).sum();
-        let average = all / window.len() as f64;
-        // What an expert of mean load scatters by, as a part of it.
-        let part = (self.spread / average.sqrt()).min(MAX_PART);
-        for (to, &load) in copy.iter_mut().zip(window) {
-            let load = f64::from(load);
-            let load = load + part * (average - load);
-            let load = load + part * (average * load).sqrt() * f64::from(normal(random));
-            *to = load.max(0.0) as f32;
-        }
     }
 
     fn check(&self) -> Result<()> {
@@ -130,6 +124,42 @@ impl Outlook {
             format!("from 0 to {MAX_SPREAD}"),
             "1 is the scatter of counts",
         ))
+    }
+}
+
+/// How many times as far apart a layer's windows are, each from the next, as their counts alone
+/// would scatter: the root of the mean square over experts, to which one that is as expected is
+/// added, so that a single window is taken to be.
+fn excess<'a>(windows: impl Iterator<Item = &'a [f32]> + Clone) -> f64 {
+    let (mut squares, mut degrees) = (1.0, 1.0);
+    for (a, b) in windows.clone().zip(windows.skip(1)) {
+        let totals = (total(a), total(b));
+        if totals.0 == 0.0 || totals.1 == 0.0 {
+            continue;
+        }
+        // For counts a and b that add up to A and B, the difference of shares has the variance
+        // p (1 / A + 1 / B), with the pooled share p = (a + b) / (A + B).
+        for (&a, &b) in a.iter().zip(b).filter(|&(&a, &b)| a + b > 0.0) {
+            let (a, b) = (f64::from(a), f64::from(b));
+            let apart = a / totals.0 - b / totals.1;
+            squares += apart * apart * totals.0 * totals.1 / (a + b);
+            degrees += 1.0;
+        }
+        degrees -= 1.0;
+    }
+    (squares / degrees).sqrt()
+}
+
+/// A copy of a layer's load whose experts scatter so many times as far as counts do.
+fn scattered(window: &[f32], scatter: f64, random: &mut Random, copy: &mut [f32]) {
+    let average = total(window) / window.len() as f64;
+    // What an expert of mean load scatters by, as a part of it.
+    let part = (scatter / average.sqrt()).min(MAX_PART);
+    for (to, &load) in copy.iter_mut().zip(window) {
+        let load = f64::from(load);
+        let load = load + part * (average - load);
+        let load = load + part * (average * load).sqrt() * f64::from(normal(random));
+        *to = load.max(0.0) as f32;
     }
 }
 
