@@ -1,6 +1,6 @@
 //! What the next window may bring, told from those that have been.
 
-use super::{Scenarios, check_windows};
+use super::scenarios::{Scenarios, check_count};
 use crate::balance::Random;
 use crate::error::{Code, Error, Result};
 use crate::forecast::{SHIFT_THRESHOLD, ShiftDetector, total};
@@ -82,7 +82,7 @@ impl Outlook {
             ..
         } = *windows;
         let kept = (num_scenarios - self.since_shift(windows)?).min(self.most_windows);
-        check_windows(kept + self.copies)?;
+        check_count(kept + self.copies)?;
         let layers = num_layers * num_experts;
         let mut scenarios = Vec::with_capacity((kept + self.copies) * layers);
         for window in (num_scenarios - kept..num_scenarios).rev() {
