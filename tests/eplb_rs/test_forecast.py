@@ -185,7 +185,7 @@ def test_real_loads(esft):
     assert 0.75 < usual < 1.1
 
 
-@pytest.mark.parametrize("merge", [1, 2, 4])
+@pytest.mark.parametrize("merge", [1, 2, 4, 8])
 def test_shifts_are_told_from_noise_in_every_order_of_the_domains(merge):
     """72 shifts for each size of windows: none is missed, and there is no false alarm."""
     loads = read_loads(ESFT).loads[:128].reshape(4, 32 // merge, merge, 26, 64)
