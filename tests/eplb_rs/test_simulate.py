@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -140,7 +141,7 @@ def test_scenarios_are_the_windows_since_the_last_shift(trace):
                 previous=plan,
                 max_moves=None if plan is None else 470,
                 split=split,
-                outlook=Outlook(shift=1.0),
+                outlook=replace(Outlook.for_split(split), shift_threshold=None),
             )
             met = plan.with_load(windows[number])
             met = met.with_shares() if shares == "arriving" else met
