@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core, _plan_json
-from eplb_rs._inputs import as_count, as_load, as_slots, as_topology
+from eplb_rs._files import write_whole
+from eplb_rs._inputs import as_count, as_load, as_slots, as_topology, wrong_type
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.transfers import Transfers
 
@@ -75,12 +75,7 @@ class Plan:
     ) -> Self:
         """A plan of parts that fit; the load is copied, since its owner may change it."""
         if not isinstance(policy, str):
-            raise InvalidInputError(
-                code="wrong_type",
-                argument="policy",
-                got=type(policy).__name__,
-                expected="a name",
-            )
+            raise wrong_type("policy", policy, "a name")
         plan = object.__new__(cls)
         plan._placement = placement
         plan._expert_load = expert_load + np.float32(0)  # a copy in which -0.0, too, is 0.0
@@ -340,14 +335,8 @@ class Plan:
         Raises:
             InvalidInputError: ``wrong_type``, or ``inconsistent`` for a plan of other sizes.
         """
-        if not isinstance(previous, Plan):
-            raise InvalidInputError(
-                code="wrong_type",
-                argument="previous",
-                got=type(previous).__name__,
-                expected="an eplb_rs.Plan",
-            )
-        table = _core.transfers(previous._placement, self._placement, by_layer)
+        before = as_plan(previous, "previous")
+        table = _core.transfers(before._placement, self._placement, by_layer)
         return Transfers(_read_only(table), self.topology, self.num_layers, by_layer)
 
     @property
@@ -411,8 +400,12 @@ class Plan:
         return cls._made(*_plan_json.parsed(text))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes :meth:`to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Writes :meth:`to_json` to a file, wholly or not at all.
+
+        Raises:
+            InvalidInputError: ``wrong_type`` or ``unwritable_file``.
+        """
+        write_whole(path, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -478,6 +471,18 @@ def _rebuild(
     return cls._made(placement, expert_load, num_groups, policy, layer_ids, group_rule)
 
 
+def as_plan(plan: object, argument: str = "plan") -> Plan:
+    """A plan.
+
+    Raises:
+        InvalidInputError: ``wrong_type``.
+    """
+    if not isinstance(plan, Plan):
+        hint = "Plan.from_phy2log makes one of an engine's map"
+        raise wrong_type(argument, plan, "an eplb_rs.Plan", hint)
+    return plan
+
+
 def rank_times(
     topology: _core.Topology, rank_load: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
@@ -505,8 +510,13 @@ def _checked_layer_ids(layer_ids: Sequence[int] | None, num_layers: int) -> tupl
         got, code = type(layer_ids).__name__, "wrong_type"
     else:
         if len(ids) == num_layers:
-            return tuple(as_count(layer, "layer_ids", least=0) for layer in ids)
-        got = f"{len(ids)} numbers" if len(ids) <= num_layers else "more numbers"
-        code = "wrong_shape"
-    expected = f"{num_layers} whole numbers, one per layer"
+            numbers = tuple(as_count(layer, "layer_ids", least=0) for layer in ids)
+            if len(set(numbers)) == num_layers:
+                return numbers
+            twice = next(layer for layer in numbers if numbers.count(layer) > 1)
+            got, code = f"{twice} twice", "repeated"
+        else:
+            got = f"{len(ids)} numbers" if len(ids) <= num_layers else "more numbers"
+            code = "wrong_shape"
+    expected = f"{num_layers} different whole numbers, one per layer"
     raise InvalidInputError(code=code, argument="layer_ids", got=got, expected=expected)

@@ -1,4 +1,4 @@
-"""The command line's ``eplb simulate``."""
+"""``eplb simulate``."""
 
 from __future__ import annotations
 
@@ -8,28 +8,19 @@ import math
 import sys
 from typing import TYPE_CHECKING, get_args
 
-from eplb_rs._commands import (
-    Progress,
-    check_outputs,
-    command,
-    count,
-    loads_options,
-    machine_options,
-    print_text,
-    style,
-    topology_of,
-)
 from eplb_rs._files import check_writable, write_whole
+from eplb_rs._words import printable
+from eplb_rs.cli.options import command, count, loads_options, machine_options, topology_of
+from eplb_rs.cli.terminal import Progress, check_outputs, print_text, style
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.loads import read_loads
 from eplb_rs.planner import GroupRule
-from eplb_rs.report import printable
 from eplb_rs.simulate import Links, simulate
 from eplb_rs.simulate_report import SimulationReport
 
 if TYPE_CHECKING:
     from eplb_rs import _core
-    from eplb_rs._commands import Parser
+    from eplb_rs.cli.options import Parser
 
 __all__ = ["add_to"]
 
@@ -62,7 +53,7 @@ shares, how an expert's tokens are split over its replicas:
 estimators, what the next window is taken to be:
   last, average:N, mean, exponential:N, trend:N, shrinkage, backtest
 
-exit codes: 0; 2 for input that was refused; 130 if interrupted
+exit codes: 0; 1 output not written; 2 input refused; 130 interrupted
 """
 
 
@@ -176,7 +167,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     links = _links(arguments)
     trace = read_loads(arguments.trace, windows=arguments.windows, key=arguments.key)
     topology, assumed = topology_of(arguments, trace.loads.shape[2])
-    shown = arguments.progress or sys.stderr.isatty()
+    shown = arguments.progress or (sys.stderr is not None and sys.stderr.isatty())
     with Progress("replaying", shown) as progress:
         simulation = simulate(
             trace,
