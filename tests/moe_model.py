@@ -23,6 +23,15 @@ def random_plan(seed):
     return eplb_rs.Planner(TOPOLOGY, policy="balanced").plan(load)
 
 
+def crowded_plan(seed):
+    """Each rank holds three experts, two of them twice."""
+    rng = np.random.default_rng(seed)
+    rows = [
+        rng.permutation(EXPERTS).reshape(4, 3)[:, [0, 1, 2, 0, 2]].ravel() for _ in range(LAYERS)
+    ]
+    return eplb_rs.Plan.from_phy2log(TOPOLOGY, rows, np.ones((LAYERS, EXPERTS)))
+
+
 def draw(generator, exact, *shape):
     if exact:
         keep = torch.rand(*shape, generator=generator) < 0.4

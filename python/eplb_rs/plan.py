@@ -324,8 +324,9 @@ class Plan:
         another.
 
         Sources are chosen from the same rank, then the same node, then anywhere, always the one
-        with least to send so far. In a round each rank sends at most one expert and receives at
-        most one; there are as few rounds as the busiest rank allows.
+        with least to send so far. A rank gets an expert once, for however many slots. In a round
+        each rank sends at most one expert and receives at most one; there are as few rounds as the
+        busiest rank allows.
 
         Args:
             previous: The plan in force, of as many layers, experts and slots.

@@ -27,7 +27,9 @@ class Transfers:
     Attributes:
         table: `[T, 7]` int64, read-only: layer, expert, source slot, source rank, slot, rank,
             round. Source and round are -1 for an expert that no live rank holds, to be loaded from
-            storage; the round is -1 for a copy from slot to slot of one rank.
+            storage; the round is -1 for a copy from slot to slot of one rank. What a rank gets for
+            several slots comes to the first of them, and from there to the others: see
+            :attr:`repeats`.
         topology: The machines.
         num_layers: L.
         by_layer: Whether each layer has rounds of its own.
@@ -75,6 +77,16 @@ class Transfers:
     def round(self) -> npt.NDArray[np.int64]:
         """`[T]`, the round."""
         return self.table[:, 6]
+
+    @cached_property
+    def repeats(self) -> npt.NDArray[np.bool_]:
+        """`[T]`, whether it is a copy on a rank of what has come to another of its slots: to be
+        made after that, where other copies are of what the slots held before."""
+        come = self.source != self.target
+        arrived = np.full((self.num_layers, self.topology.num_slots), -1, dtype=np.int64)
+        arrived[self.layer[come], self.slot[come]] = self.expert[come]
+        repeats: npt.NDArray[np.bool_] = arrived[self.layer, self.source_slot] == self.expert
+        return repeats & ~come
 
     @cached_property
     def num_rounds(self) -> int:

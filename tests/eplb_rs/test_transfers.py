@@ -50,9 +50,15 @@ def test_rounds_are_as_few_as_can_be(a: int, b: int, by_layer: bool) -> None:
     predicted = moves.predicted_s(1e6, intra_node_gb_s=100, inter_node_gb_s=25)
     assert predicted == pytest.approx(simulated_s(moves, 1e6, 100, 25))
     slots = previous.phy2log.copy()
-    assert (slots[moves.layer, moves.source_slot] == moves.expert).all()
-    slots[moves.layer, moves.slot] = moves.expert
+    first, later = ~moves.repeats, moves.repeats
+    for some in (first, later):
+        source = slots[moves.layer[some], moves.source_slot[some]]
+        assert (source == moves.expert[some]).all()
+        slots[moves.layer[some], moves.slot[some]] = moves.expert[some]
     assert np.array_equal(slots, plan.phy2log)
+    assert (moves.source[later] == moves.target[later]).all()
+    came = moves.table[moves.source != moves.target][:, [0, 1, 5]].tolist()
+    assert len(came) == len(set(map(tuple, came))), "an expert comes to a rank twice"
 
 
 def test_a_copy_on_the_node_comes_first() -> None:
@@ -63,6 +69,33 @@ def test_a_copy_on_the_node_comes_first() -> None:
     moves = plan.transfers(previous)
     assert moves.table.tolist() == [[0, 0, 0, 0, 3, 1, 0]]
     assert moves.num_bytes(44e6) == 44e6
+
+
+def test_what_fills_several_slots_of_a_rank_is_sent_once() -> None:
+    topology = Topology(1, 3, 3)
+    load = np.ones((1, 4))
+    previous = Plan.from_phy2log(topology, [[0, 1, 2, 3, 0, 1, 2, 3, 0]], load)
+    plan = Plan.from_phy2log(topology, [[3, 3, 3, 2, 0, 1, 2, 3, 2]], load)
+    moves = plan.transfers(previous)
+    assert moves.table.tolist() == [
+        [0, 3, 3, 1, 0, 0, 0],
+        [0, 3, 0, 0, 1, 0, -1],
+        [0, 3, 0, 0, 2, 0, -1],
+        [0, 2, 2, 0, 3, 1, 0],
+        [0, 2, 6, 2, 8, 2, -1],
+    ]
+    assert moves.repeats.tolist() == [False, True, True, False, False]
+    assert moves.rank_bytes(10).tolist() == [[10, 10], [10, 10], [0, 0]]
+
+
+def test_a_rank_that_joins_gets_what_fills_it_once() -> None:
+    load = np.random.default_rng(3).lognormal(0, 1, (2, 24))
+    topology = Topology(1, 4, 9)
+    previous = Planner(topology.with_dead([3])).plan(load)
+    moves = Planner(topology).plan(load, previous=previous, max_moves=0).transfers(previous)
+    to_it = moves.table[moves.target == 3]
+    assert (np.bincount(to_it[:, 0]) == 9).all()
+    assert (to_it[:, 6] >= 0).sum() == 2
 
 
 def test_nothing_to_send_takes_no_time() -> None:

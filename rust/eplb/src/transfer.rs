@@ -19,7 +19,8 @@ pub struct Transfer {
     /// The expert.
     pub expert: u32,
     /// The slot it comes from, or `None` if no rank that is left holds it: then it has to be
-    /// loaded from storage.
+    /// loaded from storage. What a rank gets for several slots comes to the first of them, and
+    /// from there to the others, once it has arrived.
     pub source_slot: Option<u32>,
     /// The rank of that slot. The target rank itself, for a copy on the rank.
     pub source: Option<u32>,
@@ -35,7 +36,7 @@ pub struct Transfer {
 /// slots, with rounds numbered through, or anew for each layer if `by_layer`.
 ///
 /// Sources are chosen from the same rank, then the same node, then anywhere; of those, the rank
-/// that has least to send so far, ties to the lowest.
+/// that has least to send so far, ties to the lowest. No expert of a layer comes to a rank twice.
 ///
 /// O(T (D + R)) for T transfers, D ranks and R rounds.
 ///
@@ -283,7 +284,7 @@ fn choose_sources(previous: &Placement, next: &Placement, by_layer: bool) -> Vec
             }
             let target = gpu_of[slot];
             let node = topology.node_of(target);
-            let source = holders[expert * width..(expert + 1) * width]
+            let held = holders[expert * width..(expert + 1) * width]
                 .iter()
                 .filter_map(|&slot| usize::try_from(slot).ok())
                 .filter(|&slot| !topology.is_dead(gpu_of[slot]))
@@ -292,6 +293,9 @@ fn choose_sources(previous: &Placement, next: &Placement, by_layer: bool) -> Vec
                     let near = (gpu != target, topology.node_of(gpu) != node);
                     (near, sent[gpu], gpu, slot)
                 });
+            let arrived =
+                arrivals_of(&list, layer, target).find(|other| other.expert == after as u32);
+            let source = arrived.map_or(held, |arrived| Some(arrived.slot as usize));
             if let Some(source) = source
                 && gpu_of[source] != target
             {
@@ -309,6 +313,15 @@ fn choose_sources(previous: &Placement, next: &Placement, by_layer: bool) -> Vec
         }
     }
     list
+}
+
+/// What comes to a rank from elsewhere, of those listed last.
+fn arrivals_of(list: &[Transfer], layer: usize, rank: usize) -> impl Iterator<Item = &Transfer> {
+    let of_rank = move |transfer: &&Transfer| {
+        transfer.layer as usize == layer && transfer.target as usize == rank
+    };
+    let listed = list.iter().rev().take_while(of_rank);
+    listed.filter(|transfer| transfer.source != Some(transfer.target))
 }
 
 /// Colours the transfers between ranks, with as few colours as the busiest rank has transfers.
@@ -439,11 +452,20 @@ mod tests {
             next in any_placement(),
         ) {
             let mut slots = previous.phy2log().to_vec();
+            let mut came = std::collections::HashSet::new();
             for transfer in transfers(&previous, &next, true).unwrap() {
                 let first = transfer.layer as usize * 32;
                 let source = transfer.source_slot.unwrap() as usize;
-                prop_assert_eq!(previous.phy2log()[first + source], i64::from(transfer.expert));
-                slots[first + transfer.slot as usize] = i64::from(transfer.expert);
+                let expert = i64::from(transfer.expert);
+                let arrival = (transfer.layer, transfer.expert, transfer.target);
+                if transfer.source == Some(transfer.target) {
+                    let holder = if came.contains(&arrival) { &slots } else { previous.phy2log() };
+                    prop_assert_eq!(holder[first + source], expert);
+                } else {
+                    prop_assert_eq!(previous.phy2log()[first + source], expert);
+                    prop_assert!(came.insert(arrival), "sent twice");
+                }
+                slots[first + transfer.slot as usize] = expert;
             }
             prop_assert_eq!(&slots[..], next.phy2log());
         }

@@ -17,6 +17,7 @@ from moe_model import (  # noqa: E402
     TOP_K,
     TOPOLOGY,
     Model,
+    crowded_plan,
     inputs,
     random_plan,
     reference,
@@ -87,7 +88,8 @@ def through_moves(rank, size, exact, num_passes):
     for number in range(num_passes):
         if number % 10 == 5:
             assert not mover.busy
-            mover.begin(plan, plan := random_plan(1000 + number))
+            make = crowded_plan if number % 20 == 5 else random_plan
+            mover.begin(plan, plan := make(1000 + number))
         mover.step()
         mixed += len({id(p) for p in in_force}) > 1
         if number % 10 == 0:

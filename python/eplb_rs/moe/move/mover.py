@@ -366,7 +366,7 @@ class ExpertMover:
         for moving, before in others:
             moving.version += self._weights.version(moving.cargo.task.layer) - before
         self.stats.layers += 1
-        self.stats.copied += len(cargo.task.copies)
+        self.stats.copied += len(cargo.task.copies) + len(cargo.task.repeats)
         self._moved.append(layer)
         if self._on_switch is not None:
             assert self._plans is not None, "a move is under way"

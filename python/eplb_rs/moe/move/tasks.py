@@ -37,7 +37,9 @@ class LayerTask:
     """In each round at most one expert each way. As many rounds on every rank, so that all count
     alike; many are empty."""
     copies: list[tuple[int, int]] = field(default_factory=list)
-    """From slot, to slot."""
+    """From slot, to slot: of what is there before."""
+    repeats: list[tuple[int, int]] = field(default_factory=list)
+    """The same, of what has come."""
     loads: list[tuple[int, int]] = field(default_factory=list)
     """Expert, slot: from storage."""
     senders: dict[int, int] = field(default_factory=dict)
@@ -62,7 +64,8 @@ def layer_tasks(transfers: Transfers, sites: Sites, *, can_load: bool) -> list[L
     member = {one: number for number, one in enumerate(sites.ranks)}
     tasks: dict[int, LayerTask] = {}
     table = transfers.table.tolist()
-    for layer, expert, source_slot, source, slot, target, number in table:
+    for row, repeats in zip(table, transfers.repeats.tolist(), strict=True):
+        layer, expert, source_slot, source, slot, target, number = row
         task = tasks.setdefault(layer, LayerTask(layer))
         if source < 0 and not can_load:
             raise InfeasibleError(
@@ -74,7 +77,8 @@ def layer_tasks(transfers: Transfers, sites: Sites, *, can_load: bool) -> list[L
             )
         if source == target:
             if target == rank:
-                task.copies.append((source_slot - first, slot - first))
+                copies = task.repeats if repeats else task.copies
+                copies.append((source_slot - first, slot - first))
         elif source < 0:
             if target == rank:
                 task.loads.append((expert, slot - first))

@@ -146,6 +146,9 @@ class Transit:
         for slot, parts in cargo.staged.items():
             for name, part in parts.items():
                 tensors[name][slot].copy_(part)
+        for source, slot in cargo.task.repeats:
+            for name, part in cargo.staged[source].items():
+                tensors[name][slot].copy_(part)
         event: Any = None
         if self._stream is not None:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
