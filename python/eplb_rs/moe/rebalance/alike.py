@@ -54,7 +54,7 @@ def check_alike(
         parts: list[np.ndarray] = [plan.phy2log, plan.log2phy]
         parts += [] if state is None else [state.windows]
         content = digest(
-            repr((settings, planner.__reduce__(), plan.topology.__getnewargs_ex__())).encode(),
+            repr((settings, planner.__reduce__()[1], plan.topology.__getnewargs_ex__())).encode(),
             *(part.tobytes() for part in parts),
         )
     verdict = side.verdict(side.begin_vote(Vote(good=refusal is None, digest=content)))
