@@ -17,7 +17,7 @@ from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe import rows as plain
 from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, UnevenExchange
 from eplb_rs.moe.experts import ExpertsBackward, experts_backward, experts_forward
-from eplb_rs.moe.fit import check_fused, check_plan, check_routed, check_weights
+from eplb_rs.moe.fit import can_fuse, check_fused, check_plan, check_routed, check_weights
 from eplb_rs.moe.routing import RoutingTable, routing_rows
 from eplb_rs.moe.rows import Activation
 from eplb_rs.moe.sites import Sites
@@ -114,7 +114,8 @@ class ExpertParallelMoE(nn.Module):
         capacity: ``None`` exchanges as many rows as there are, and waits for the device once, to
             learn how many. A number makes room for so many rows from each rank to each other and
             waits for nothing: for CUDA graphs.
-        fused: Gathers, adds and activates in one triton kernel each, on CUDA GPUs.
+        fused: Gathers, multiplies, activates and adds in one triton kernel each, on CUDA GPUs;
+            ``None`` where that can be. ``False`` does the same in plain torch.
         row_multiple: Fills each expert's rows up with zeros to a multiple of this: a product of
             few rows may differ in its last bits from the same rows in a larger one.
         max_replicas: The most replicas of an expert that later plans may have; by default as many
@@ -149,7 +150,7 @@ class ExpertParallelMoE(nn.Module):
         activation: Activation = "silu",
         shared: nn.Module | None = None,
         capacity: int | None = None,
-        fused: bool = False,
+        fused: bool | None = None,
         row_multiple: int = 1,
         max_replicas: int | None = None,
     ) -> None:
@@ -170,7 +171,7 @@ class ExpertParallelMoE(nn.Module):
             capacity = as_count(capacity, "capacity")
         row_multiple = as_count(row_multiple, "row_multiple")
         self.rows: RowFunctions = plain
-        if fused:
+        if can_fuse(gate_up) if fused is None else fused:
             check_fused(gate_up)
             from eplb_rs.moe import kernels
 
