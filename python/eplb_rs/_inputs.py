@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Load: TypeAlias = npt.NDArray[np.float32]
 
-_NUMBERS = "iuf"  # NumPy's kinds: signed, unsigned, floating
+NUMBERS = "iuf"  # NumPy's kinds: signed, unsigned, floating
 
 
 def as_load(load: LoadLike, argument: str = "load") -> Load:
@@ -38,7 +38,7 @@ def as_load(load: LoadLike, argument: str = "load") -> Load:
     """
     array = load if type(load) is np.ndarray else _as_array(load, argument)
     if array.ndim != 2:
-        if array.ndim == 0 and array.dtype.kind not in _NUMBERS:
+        if array.ndim == 0 and array.dtype.kind not in NUMBERS:
             raise _no_array(load, argument)
         raise InvalidInputError(
             code="wrong_shape",
@@ -56,7 +56,7 @@ def as_load(load: LoadLike, argument: str = "load") -> Load:
         )
     if array.dtype == np.float32 and array.flags.c_contiguous and array.flags.aligned:
         return array
-    if array.dtype.kind not in _NUMBERS:
+    if array.dtype.kind not in NUMBERS:
         raise InvalidInputError(
             code="wrong_dtype",
             argument=argument,
@@ -147,6 +147,17 @@ def _from_tensor(tensor: torch.Tensor, argument: str) -> npt.NDArray[Any]:
     )
 
 
+def wrong_type(argument: str, value: object, expected: str, hint: str = "") -> InvalidInputError:
+    """What is said of a value of another type than expected."""
+    return InvalidInputError(
+        code="wrong_type",
+        argument=argument,
+        got=type(value).__name__,
+        expected=expected,
+        hint=hint,
+    )
+
+
 def as_topology(topology: object) -> _core.Topology:
     """A topology.
 
@@ -154,13 +165,8 @@ def as_topology(topology: object) -> _core.Topology:
         InvalidInputError: ``wrong_type``.
     """
     if not isinstance(topology, _core.Topology):
-        raise InvalidInputError(
-            code="wrong_type",
-            argument="topology",
-            got=type(topology).__name__,
-            expected="an eplb_rs.Topology",
-            hint="eplb_rs.Topology(num_nodes, gpus_per_node, slots_per_gpu)",
-        )
+        hint = "eplb_rs.Topology(num_nodes, gpus_per_node, slots_per_gpu)"
+        raise wrong_type("topology", topology, "an eplb_rs.Topology", hint)
     return topology
 
 
@@ -199,9 +205,7 @@ def as_number(value: Any, argument: str, *, least: float = 0.0, above: bool = Fa
     try:
         number = float(value)
     except Exception:  # whatever an object's own conversion raises
-        raise InvalidInputError(
-            code="wrong_type", argument=argument, got=type(value).__name__, expected="a number"
-        ) from None
+        raise wrong_type(argument, value, "a number") from None
     if least < number < math.inf or (number == least and not above):
         return number
     expected = f"finite and {'above' if above else 'at least'} {least:g}"
@@ -217,7 +221,7 @@ def as_expert_bytes(value: Any, num_layers: int) -> npt.NDArray[np.float64]:
         InvalidInputError: ``wrong_type``, ``wrong_shape`` or ``out_of_range``.
     """
     array = _converted(value, "expert_bytes")
-    if array.dtype.kind not in _NUMBERS:
+    if array.dtype.kind not in NUMBERS:
         raise _no_array(value, "expert_bytes")
     if array.shape not in {(), (num_layers,)}:
         raise InvalidInputError(
@@ -231,6 +235,40 @@ def as_expert_bytes(value: Any, num_layers: int) -> npt.NDArray[np.float64]:
     return np.full(num_layers, array, dtype=np.float64)
 
 
+def as_integers(values: LoadLike, argument: str, expected: str = "of integers") -> npt.NDArray[Any]:
+    """An array of integers, of any shape and size of integer; a tensor is read where it is.
+
+    Raises:
+        InvalidInputError: ``wrong_type``, ``ragged``, ``masked`` or ``wrong_dtype``.
+    """
+    if is_tensor(values):
+        with contextlib.suppress(Exception):  # NumPy's own attempt says what is wrong
+            values = values.detach().cpu()  # type: ignore[union-attr]
+        array = _converted(values, argument)
+    else:
+        array = _as_array(values, argument)
+    if array.dtype.kind not in "iu":
+        raise InvalidInputError(
+            code="wrong_dtype", argument=argument, got=f"dtype {array.dtype}", expected=expected
+        )
+    return array
+
+
+def check_int64(array: npt.NDArray[Any], argument: str) -> None:
+    """Refuses integers that int64 cannot hold.
+
+    Raises:
+        InvalidInputError: ``too_large``.
+    """
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise InvalidInputError(
+            code="too_large",
+            argument=argument,
+            got=str(array.max()),
+            expected="small enough for int64",
+        )
+
+
 def as_slots(phy2log: npt.ArrayLike, shape: tuple[int, int]) -> npt.NDArray[np.int64]:
     """A map `[L, R]` as C-contiguous int64. Its content is checked by the native module.
 
@@ -238,19 +276,7 @@ def as_slots(phy2log: npt.ArrayLike, shape: tuple[int, int]) -> npt.NDArray[np.i
         InvalidInputError: ``wrong_type``, ``ragged``, ``masked``, ``wrong_dtype`` or
             ``wrong_shape``.
     """
-    if is_tensor(phy2log):
-        with contextlib.suppress(Exception):  # NumPy's own attempt says what is wrong
-            phy2log = phy2log.detach().cpu()  # type: ignore[union-attr]
-        array = _converted(phy2log, "phy2log")
-    else:
-        array = _as_array(phy2log, "phy2log")
-    if array.dtype.kind not in "iu":
-        raise InvalidInputError(
-            code="wrong_dtype",
-            argument="phy2log",
-            got=f"dtype {array.dtype}",
-            expected="of integers",
-        )
+    array = as_integers(phy2log, "phy2log")
     if array.shape != shape:
         raise InvalidInputError(
             code="wrong_shape",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eplb_rs._inputs import as_count, as_number
+from eplb_rs._inputs import as_count, as_number, wrong_type
 from eplb_rs.errors import InvalidInputError
 
 _MOST_ITERATIONS = 2**31
@@ -74,13 +74,3 @@ def checked_budget(
                 expected="above 0 and at most a day",
             )
     return iterations, time_limit_us
-
-
-def wrong_type(argument: str, got: object, expected: str, hint: str = "") -> InvalidInputError:
-    return InvalidInputError(
-        code="wrong_type",
-        argument=argument,
-        got=type(got).__name__,
-        expected=expected,
-        hint=hint,
-    )

@@ -20,7 +20,7 @@ import numpy as np
 
 from eplb_rs import _core
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.plan import Plan
+from eplb_rs.plan import Plan, as_plan
 from eplb_rs.planner import Planner
 
 if TYPE_CHECKING:
@@ -159,10 +159,7 @@ def explain(plan: Plan, *, tolerance: float = 1e-3, mend: bool = True) -> Explan
 
     Cost: :meth:`Plan.tight_lower_bound`, and a plan of the balanced policy for each mend.
     """
-    if not isinstance(plan, Plan):
-        raise InvalidInputError(
-            code="wrong_type", argument="plan", got=type(plan).__name__, expected="an eplb_rs.Plan"
-        )
+    plan = as_plan(plan)
     tolerance = _checked_tolerance(tolerance)
     mean, largest = plan._mean_and_largest
     bound = np.minimum(plan.tight_lower_bound(), largest)

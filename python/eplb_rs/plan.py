@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core, _plan_json
-from eplb_rs._inputs import as_count, as_load, as_slots, as_topology
+from eplb_rs._inputs import as_count, as_load, as_slots, as_topology, wrong_type
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.transfers import Transfers
 
@@ -75,12 +75,7 @@ class Plan:
     ) -> Self:
         """A plan of parts that fit; the load is copied, since its owner may change it."""
         if not isinstance(policy, str):
-            raise InvalidInputError(
-                code="wrong_type",
-                argument="policy",
-                got=type(policy).__name__,
-                expected="a name",
-            )
+            raise wrong_type("policy", policy, "a name")
         plan = object.__new__(cls)
         plan._placement = placement
         plan._expert_load = expert_load + np.float32(0)  # a copy in which -0.0, too, is 0.0
@@ -340,14 +335,8 @@ class Plan:
         Raises:
             InvalidInputError: ``wrong_type``, or ``inconsistent`` for a plan of other sizes.
         """
-        if not isinstance(previous, Plan):
-            raise InvalidInputError(
-                code="wrong_type",
-                argument="previous",
-                got=type(previous).__name__,
-                expected="an eplb_rs.Plan",
-            )
-        table = _core.transfers(previous._placement, self._placement, by_layer)
+        before = as_plan(previous, "previous")
+        table = _core.transfers(before._placement, self._placement, by_layer)
         return Transfers(_read_only(table), self.topology, self.num_layers, by_layer)
 
     @property
@@ -476,6 +465,18 @@ def _rebuild(
         topology, num_experts, phy2log.ravel(), log2phy.ravel(), logcnt.ravel()
     )
     return cls._made(placement, expert_load, num_groups, policy, layer_ids, group_rule)
+
+
+def as_plan(plan: object, argument: str = "plan") -> Plan:
+    """A plan.
+
+    Raises:
+        InvalidInputError: ``wrong_type``.
+    """
+    if not isinstance(plan, Plan):
+        hint = "Plan.from_phy2log makes one of an engine's map"
+        raise wrong_type(argument, plan, "an eplb_rs.Plan", hint)
+    return plan
 
 
 def rank_times(

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import as_count, as_load, as_number, as_topology
-from eplb_rs._settings import checked_budget, checked_cost, reach_of, wrong_type
+from eplb_rs._inputs import as_count, as_load, as_number, as_topology, wrong_type
+from eplb_rs._settings import checked_budget, checked_cost, reach_of
 from eplb_rs.buffers import PlanBuffers
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.plan import Plan
+from eplb_rs.plan import Plan, as_plan
 from eplb_rs.scenarios import Outlook, as_scenarios, as_weights
 from eplb_rs.transfers import TransferLimits
 
@@ -352,7 +352,7 @@ class Planner:
             ]
         worths = [
             worth_of(
-                _placed(candidate).with_load(array),
+                as_plan(candidate).with_load(array),
                 before,
                 horizon=horizon,
                 us_per_token=us_per_token,
@@ -367,8 +367,7 @@ class Planner:
         return max(worths, key=lambda worth: worth.net_s)
 
     def _placement_of(self, previous: Plan) -> _core.Placement:
-        if not isinstance(previous, Plan):
-            raise wrong_type("previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one")
+        before = as_plan(previous, "previous")
         if self.policy != "balanced":
             raise InvalidInputError(
                 code="inconsistent",
@@ -377,7 +376,7 @@ class Planner:
                 expected="None, since this policy does not look at it",
                 hint='policy="balanced" does',
             )
-        return previous._placement
+        return before._placement
 
     def plan_windows(
         self,
@@ -472,8 +471,7 @@ class Planner:
         """
         array = as_scenarios(scenarios, "scenarios")
         counts = as_weights(weights, len(array))
-        if not isinstance(previous, Plan | None):
-            raise wrong_type("previous", previous, "an eplb_rs.Plan", "Plan.from_phy2log makes one")
+        before = None if previous is None else as_plan(previous, "previous")
         limits = {"max_moves": max_moves, "max_moves_per_layer": max_moves_per_layer}
         for argument, moves in limits.items():
             if previous is None and moves is not None:
@@ -491,7 +489,7 @@ class Planner:
             array,
             None if counts is None else counts.tolist(),
             split.encode(errors="replace").decode(),
-            None if previous is None else previous._placement,
+            None if before is None else before._placement,
             *(None if n is None else as_count(n, name, least=0) for name, n in limits.items()),
         )
         mean = np.average(array, axis=0, weights=counts).astype(np.float32)
@@ -578,7 +576,7 @@ class Planner:
         Raises:
             InvalidInputError: As there; ``wrong_type`` for the plan.
         """
-        return _placed(plan)._splitter.split_step(load, layer=layer, out=out)
+        return as_plan(plan)._splitter.split_step(load, layer=layer, out=out)
 
     def plan_step(self, load: LoadLike, *, limits: StepLimits | None = None) -> Step:
         """Plans one layer from the load of this micro-batch, experts keeping their home slots.
@@ -639,9 +637,3 @@ class Planner:
 
 def _rebuild(arguments: tuple[Any, ...], settings: dict[str, Any]) -> Planner:
     return Planner(*arguments, **settings)
-
-
-def _placed(plan: object) -> Plan:
-    if not isinstance(plan, Plan):
-        raise wrong_type("plan", plan, "an eplb_rs.Plan")
-    return plan

@@ -20,7 +20,6 @@ Letters: D ranks, E experts, S spare slots a rank.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import _converted, as_count, is_tensor
+from eplb_rs._inputs import as_count, as_integers, check_int64, wrong_type
 from eplb_rs.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -150,10 +149,10 @@ class StepPlanner:
     ) -> None:
         limits = StepLimits() if limits is None else limits
         if not isinstance(limits, StepLimits):
-            raise _wrong_type("limits", limits, "an eplb_rs.realtime.StepLimits")
+            raise wrong_type("limits", limits, "an eplb_rs.realtime.StepLimits")
         target = limits.target_imbalance
         if isinstance(target, bool) or not isinstance(target, int | float | np.floating):
-            raise _wrong_type("target_imbalance", target, "a number of at least 1")
+            raise wrong_type("target_imbalance", target, "a number of at least 1")
         if not math.isfinite(target) or target < 1:
             raise InvalidInputError(
                 code="out_of_range",
@@ -255,7 +254,7 @@ class StepPlanner:
         ``benches/results/realtime.json``.
         """
         if not isinstance(out, StepBuffers):
-            raise _wrong_type("out", out, "a StepBuffers", "StepPlanner.allocate makes them")
+            raise wrong_type("out", out, "a StepBuffers", "StepPlanner.allocate makes them")
         if type(load) is not np.ndarray or load.dtype not in _COUNTS or not load.flags.c_contiguous:
             load = _as_counts(load)
         return StepResult(*self._core.plan_into(load, out.experts, out.tokens, out.by_source))
@@ -317,32 +316,6 @@ def _rebuild(num_ranks: int, home_slots: int, spare_slots: int, limits: StepLimi
 
 def _as_counts(load: LoadLike) -> npt.NDArray[Any]:
     """Counts as C-contiguous int32 or int64."""
-    if is_tensor(load):
-        with contextlib.suppress(Exception):  # NumPy's own attempt says what is wrong
-            load = load.detach().cpu()  # type: ignore[union-attr]
-    array = _converted(load, "load")
-    if array.dtype.kind not in "iu":
-        raise InvalidInputError(
-            code="wrong_dtype",
-            argument="load",
-            got=f"dtype {array.dtype}",
-            expected="of integers: tokens",
-        )
-    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise InvalidInputError(
-            code="too_large",
-            argument="load",
-            got=str(array.max()),
-            expected="small enough for int64",
-        )
+    array = as_integers(load, "load", "of integers: tokens")
+    check_int64(array, "load")
     return np.ascontiguousarray(array, array.dtype if array.dtype in _COUNTS else np.int64)
-
-
-def _wrong_type(argument: str, got: object, expected: str, hint: str = "") -> InvalidInputError:
-    return InvalidInputError(
-        code="wrong_type",
-        argument=argument,
-        got=type(got).__name__,
-        expected=expected,
-        hint=hint,
-    )

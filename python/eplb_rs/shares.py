@@ -29,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import _converted, as_count, as_load, is_tensor
+from eplb_rs._inputs import _converted, as_count, as_integers, as_load, check_int64, is_tensor
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.plan import Plan, rank_times
+from eplb_rs.plan import Plan, as_plan, rank_times
 
 if TYPE_CHECKING:
     from eplb_rs._inputs import Load, LoadLike
@@ -64,16 +64,8 @@ class Splitter:
     __slots__ = ("_core", "_plan")
 
     def __init__(self, plan: Plan) -> None:
-        if not isinstance(plan, Plan):
-            raise InvalidInputError(
-                code="wrong_type",
-                argument="plan",
-                got=type(plan).__name__,
-                expected="an eplb_rs.Plan",
-                hint="Plan.from_phy2log makes one of an engine's map",
-            )
-        self._plan = plan
-        self._core = _core.Splitter(plan._placement)
+        self._plan = as_plan(plan)
+        self._core = _core.Splitter(self._plan._placement)
 
     @property
     def plan(self) -> Plan:
@@ -350,7 +342,7 @@ def _as_row(load: LoadLike) -> Load:
 
 def _as_tokens(tokens: npt.ArrayLike, dimensions: int) -> npt.NDArray[np.int64]:
     """Whole numbers as C-contiguous int64."""
-    array = _converted(tokens, "tokens")
+    array = as_integers(tokens, "tokens")
     if array.ndim != dimensions:
         raise InvalidInputError(
             code="wrong_shape",
@@ -358,18 +350,5 @@ def _as_tokens(tokens: npt.ArrayLike, dimensions: int) -> npt.NDArray[np.int64]:
             got=f"{array.ndim} dimensions, shape {array.shape}",
             expected=f"of {dimensions} dimension{'s' * (dimensions > 1)}",
         )
-    if array.dtype.kind not in "iu":
-        raise InvalidInputError(
-            code="wrong_dtype",
-            argument="tokens",
-            got=f"dtype {array.dtype}",
-            expected="of integers",
-        )
-    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-        raise InvalidInputError(
-            code="too_large",
-            argument="tokens",
-            got=str(array.max()),
-            expected="small enough for int64",
-        )
+    check_int64(array, "tokens")
     return np.ascontiguousarray(array, dtype=np.int64)

@@ -10,9 +10,11 @@ import base64
 import html
 from typing import TYPE_CHECKING
 
-from eplb_rs.draw import DARK, LIGHT, check_matplotlib, rendered, table
-from eplb_rs.draw_simulation import balance_figure, choice_figure, cost_figure
-from eplb_rs.simulate_report import SHARES_TEXT
+from eplb_rs.draw.look import DARK, LIGHT
+from eplb_rs.draw.markup import definitions, document, table
+from eplb_rs.draw.matplotlib_files import check_matplotlib, rendered
+from eplb_rs.draw.replay_pictures import balance_figure, choice_figure, cost_figure
+from eplb_rs.simulate_report.words import SHARES_TEXT, outcome_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,10 +39,6 @@ def page(report: SimulationReport) -> str:
     """
     check_matplotlib("html", "a page with charts")
     simulation, verdict = report.simulation, report.verdict
-    facts = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>"
-        for name, value in report.facts()
-    )
     highlights = "".join(
         f"<div><dt>{html.escape(what)}</dt><dd>{html.escape(number)}</dd></div>"
         for number, what in report.highlights()
@@ -56,12 +54,12 @@ def page(report: SimulationReport) -> str:
         alt = "The slots that each plan changed, and how long planning it took, plan by plan"
         picture = _picture(report, cost_figure, alt)
         pictures["cost"] = f"<h2>What each plan cost</h2>{picture}"
-    return _PAGE.format(
+    body = _BODY.format(
         headline=html.escape(verdict.headline),
         highlights=highlights,
         reasons=reasons,
-        facts=facts,
-        baseline=f"{verdict.baseline.policy}, {verdict.baseline.shares}",
+        facts=definitions(report.facts()),
+        baseline=outcome_name(verdict.baseline),
         table=_marked(table(names, rows), simulation.outcomes.index(verdict.outcome)),
         shares="; ".join(
             f"<b>{name}</b>: {html.escape(SHARES_TEXT[name])}"
@@ -71,6 +69,7 @@ def page(report: SimulationReport) -> str:
         layers=_layers_table(report),
         **pictures,
     )
+    return document("What if: expert placement over a recorded trace", _STYLE, body)
 
 
 def _picture(report: SimulationReport, draw: Callable[..., Figure], description: str) -> str:
@@ -110,7 +109,7 @@ def _windows_table(report: SimulationReport) -> str:
     simulation = report.simulation
     labelled = simulation.labels is not None
     names = ["window", *["label"] * labelled, "distance", "shift"]
-    names += [f"{one.policy}, {one.shares}" for one in simulation.outcomes]
+    names += [outcome_name(one) for one in simulation.outcomes]
     rows = []
     for number in range(min(len(simulation.distance), _MOST_ROWS)):
         label = [simulation.labels[number]] if simulation.labels is not None else []
@@ -130,7 +129,7 @@ def _layers_table(report: SimulationReport) -> str:
     """The balance of every outcome in every layer."""
     outcomes = report.simulation.outcomes
     ids = report.trace.layer_ids if report.trace else range(report.simulation.num_layers)
-    names = ("layer", *(f"{one.policy}, {one.shares}" for one in outcomes))
+    names = ("layer", *(outcome_name(one) for one in outcomes))
     rows = [
         (layer, *(f"{one.layer_balance[row]:.4f}" for one in outcomes))
         for row, layer in enumerate(ids)
@@ -147,59 +146,39 @@ def _marked(text: str, row: int) -> str:
     return head + "".join(parts)
 
 
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>What if: expert placement over a recorded trace</title>
-<style>
-:root {{ --back: #ffffff; --text: #1c2330; --quiet: #5d6675; --line: #d9dee6;
-  --accent: #1f6fb2; --tint: #eef5fb; }}
-@media (prefers-color-scheme: dark) {{
-  :root {{ --back: #14181f; --text: #e6e9ee; --quiet: #98a2b3; --line: #333b48;
-    --accent: #6db3f2; --tint: #1a2634; }} }}
-* {{ box-sizing: border-box; }}
-body {{ margin: 0 auto; padding: 1.5rem 1.25rem 3rem; max-width: 72rem; background: var(--back);
-  color: var(--text); font: 15px/1.5 system-ui, sans-serif; }}
-header {{ background: var(--tint); border-left: .3rem solid var(--accent); border-radius: .3rem;
-  padding: 1rem 1.25rem; }}
-header p {{ margin: 0 0 .25rem; color: var(--quiet); font-size: .85rem; }}
-h1 {{ font-size: 1.35rem; line-height: 1.3; margin: 0 0 .5rem; }}
-h2 {{ font-size: 1.05rem; margin: 2rem 0 .5rem; }}
-.key {{ display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; margin: .75rem 0 1rem; }}
-.key div {{ display: flex; flex-direction: column-reverse; }}
-.key dd {{ font-size: 1.6rem; font-weight: 600; line-height: 1.2; color: var(--accent); }}
-.key dt {{ font-size: .85rem; }}
-header ul {{ margin: 0; padding-left: 1.1rem; }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.25rem; margin: 0; }}
-dt {{ color: var(--quiet); }}
-dd {{ margin: 0; overflow-wrap: anywhere; }}
-img {{ display: block; width: 100%; height: auto; }}
-.scroll {{ overflow-x: auto; }}
-.tall {{ max-height: 30rem; overflow: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .45rem; text-align: right; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }}
-th {{ color: var(--quiet); font-weight: 500; }}
-th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
-.outcomes td:nth-child(2), .outcomes th:nth-child(2) {{ text-align: left; }}
-.chosen td {{ background: var(--tint); font-weight: 600; }}
-.pick {{ color: var(--accent); font-size: .75rem; font-weight: 500; }}
-.note {{ color: var(--quiet); font-size: .85rem; margin: .5rem 0 0; }}
-details {{ margin-top: 1rem; border-top: 1px solid var(--line); padding-top: .75rem; }}
-@media (max-width: 40rem) {{
-  body {{ padding: 1rem .9rem 2rem; }}
-  .key {{ display: grid; grid-template-columns: 1fr 1fr; }}
-  .pick {{ display: block; }}
-  th:first-child, td:first-child {{ position: sticky; left: 0; background: var(--back); }}
-  .chosen td:first-child {{ background: var(--tint); }} }}
-summary {{ cursor: pointer; font-weight: 600; }}
-</style>
-</head>
-<body>
+_STYLE = """\
+:root { --tint: #eef5fb; }
+@media (prefers-color-scheme: dark) { :root { --tint: #1a2634; } }
+* { box-sizing: border-box; }
+body { padding: 1.5rem 1.25rem 3rem; max-width: 72rem; }
+header { background: var(--tint); border-left: .3rem solid var(--after); border-radius: .3rem;
+  padding: 1rem 1.25rem; }
+header p { margin: 0 0 .25rem; color: var(--quiet); font-size: .85rem; }
+h1 { font-size: 1.35rem; line-height: 1.3; margin: 0 0 .5rem; }
+h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+.key { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; margin: .75rem 0 1rem; }
+.key div { display: flex; flex-direction: column-reverse; }
+.key dd { font-size: 1.6rem; font-weight: 600; line-height: 1.2; color: var(--after); }
+.key dt { font-size: .85rem; }
+header ul { margin: 0; padding-left: 1.1rem; }
+.scroll { overflow-x: auto; }
+.tall { max-height: 30rem; overflow: auto; }
+th, td { padding: .3rem .45rem; }
+th:first-child, td:first-child { padding-left: 0; }
+.outcomes td:nth-child(2), .outcomes th:nth-child(2) { text-align: left; }
+.chosen td { background: var(--tint); font-weight: 600; }
+.pick { color: var(--after); font-size: .75rem; font-weight: 500; }
+.note { color: var(--quiet); font-size: .85rem; margin: .5rem 0 0; }
+details { margin-top: 1rem; border-top: 1px solid var(--grid); padding-top: .75rem; }
+@media (max-width: 40rem) {
+  body { padding: 1rem .9rem 2rem; }
+  .key { display: grid; grid-template-columns: 1fr 1fr; }
+  .pick { display: block; }
+  th:first-child, td:first-child { position: sticky; left: 0; background: var(--background); }
+  .chosen td:first-child { background: var(--tint); } }
+"""
+
+_BODY = """\
 <header>
 <p>Each window of a recorded trace, met by a plan made before it came</p>
 <h1>{headline}</h1>
@@ -225,6 +204,4 @@ split over an expert's replicas: {shares}.</p>
 <details><summary>Every layer</summary>
 <div class="tall" role="region" aria-label="Every layer" tabindex="0">{layers}</div></details>
 </main>
-</body>
-</html>
 """

@@ -317,7 +317,7 @@ def test_interrupt(monkeypatch, run):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "read_loads", interrupted)
+    monkeypatch.setattr("eplb_rs.cli.plan.read_loads", interrupted)
     assert run("plan", DEEPSEEK_R1, "--gpus", 32) == (130, "", "")
 
 
@@ -331,7 +331,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def slow(*_, **__):
     print("reading", file=sys.stderr, flush=True)
     time.sleep(60)
-cli.read_loads = slow
+cli.plan.read_loads = slow
 sys.exit(cli.main(["plan", "loads.json", "--gpus", "2"]))
 """
     with subprocess.Popen(

@@ -13,8 +13,8 @@ from pathlib import Path
 import eplb_rs
 import numpy as np
 import pytest
-from eplb_rs import loads
 from eplb_rs.loads import read_loads
+from eplb_rs.loads.file import LoadFile
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 DEEPSEEK_R1 = DATA / "deepseek_r1_1k1k.json"
@@ -349,8 +349,8 @@ def test_file_without_permission(tmp_path, monkeypatch, name):
 
 
 def test_file_that_is_too_large(tmp_path, monkeypatch):
-    for limit in ("_MAX_JSON_BYTES", "_MAX_ARRAY_BYTES"):
-        monkeypatch.setattr(loads, limit, 100)
+    for limit in ("MAX_JSON_BYTES", "MAX_ARRAY_BYTES"):
+        monkeypatch.setattr(LoadFile, limit, 100)
     np.save(tmp_path / "a.npy", LOAD)
     np.savez_compressed(tmp_path / "b.npz", np.ones((100, 100)))
     write(tmp_path / "c.json", json.dumps(LOAD.tolist()) + " " * 100)

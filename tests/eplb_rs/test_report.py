@@ -7,17 +7,9 @@ from pathlib import Path
 import eplb_rs
 import numpy as np
 import pytest
+from eplb_rs._words import duration, id_ranges, printable, quantity
 from eplb_rs.loads import read_loads
-from eplb_rs.report import (
-    PlanningTime,
-    Report,
-    Style,
-    duration,
-    id_ranges,
-    placement_before,
-    printable,
-    quantity,
-)
+from eplb_rs.report import PlanningTime, Report, Style, placement_before
 
 DATA = Path(__file__).parents[2] / "examples" / "data"
 

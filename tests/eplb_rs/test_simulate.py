@@ -1,6 +1,5 @@
 """A replayed trace: held to a replay of a few lines, figures to the page, words to the terminal."""
 
-import doctest
 import html as html_module
 import json
 import re
@@ -219,11 +218,6 @@ def test_threads_and_repeats_change_no_figure(trace):
         return [(one.largest.tolist(), one.steps.moves.tolist()) for one in simulation.outcomes]
 
     assert figures(1) == figures(1) == figures(2)
-
-
-def test_the_example_of_the_module():
-    assert doctest.testmod(sys.modules["eplb_rs.simulate"]).failed == 0
-    assert doctest.testmod(sys.modules["eplb_rs.forecast"]).failed == 0
 
 
 def test_progress_is_told(trace):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eplb_rs.draw import LIGHT, Palette, calm
+from eplb_rs.draw.look import LIGHT, Palette, calm
+from eplb_rs.simulate_report.words import outcome_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -95,7 +96,7 @@ def balance_figure(
             linestyle=_LINES[one.shares],
             linewidth=(1.0 if thin else 2.2) if recommended else (0.6 if thin else 1.3),
             zorder=4 if recommended else 3,
-            label=f"{one.policy}, {one.shares}",
+            label=outcome_name(one),
         )
     _shifts(axis, report, palette)
     axis.set_xlim(0.5, len(windows) + 0.5)
@@ -128,7 +129,7 @@ def cost_figure(
         }
         above.plot(steps.windows[1:], 100 * steps.moves[1:] / report.num_slots, **style)
         below.plot(steps.windows, 1e-3 * steps.plan_us, **style)
-        name = one.policy if alone else f"{one.policy}, {one.shares}"
+        name = one.policy if alone else outcome_name(one)
         entries.append(_entry(name, style["color"], style["marker"]))
     for axis in (above, below):
         _shifts(axis, report, palette, named=axis is above)

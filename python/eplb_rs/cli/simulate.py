@@ -1,4 +1,4 @@
-"""The command line's ``eplb simulate``."""
+"""``eplb simulate``."""
 
 from __future__ import annotations
 
@@ -8,28 +8,19 @@ import math
 import sys
 from typing import TYPE_CHECKING, get_args
 
-from eplb_rs._commands import (
-    Progress,
-    check_outputs,
-    command,
-    count,
-    loads_options,
-    machine_options,
-    print_text,
-    style,
-    topology_of,
-)
 from eplb_rs._files import check_writable, write_whole
+from eplb_rs._words import printable
+from eplb_rs.cli.options import command, count, loads_options, machine_options, topology_of
+from eplb_rs.cli.terminal import Progress, check_outputs, print_text, style
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.loads import read_loads
 from eplb_rs.planner import GroupRule
-from eplb_rs.report import printable
 from eplb_rs.simulate import Links, simulate
 from eplb_rs.simulate_report import SimulationReport
 
 if TYPE_CHECKING:
     from eplb_rs import _core
-    from eplb_rs._commands import Parser
+    from eplb_rs.cli.options import Parser
 
 __all__ = ["add_to"]
 
