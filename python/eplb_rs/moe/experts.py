@@ -8,7 +8,7 @@ Letters: N rows on this rank, S slots, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,10 +28,14 @@ class Groups:
     Attributes:
         end_S: `[S]` int32, on the device: where each slot's rows end.
         sizes: The same as sizes on the host; ``None`` where the host does not know.
+        multiple: Each slot's rows fill a multiple of this, with zeros.
+        kept: What kernels have worked out of it, for their next call.
     """
 
     end_S: Tensor
     sizes: Sequence[int] | None
+    multiple: int = 1
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def known(self) -> list[int]:
         """The sizes; waits for the device if the host does not know them."""

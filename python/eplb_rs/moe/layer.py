@@ -6,6 +6,7 @@ experts, S slots of this rank, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -182,7 +183,7 @@ class ExpertParallelMoE(nn.Module):
         self.layer = layer
         self.activation: Activation = activation
         self.capacity = capacity
-        self.row_multiple = row_multiple
+        self.row_multiple = math.lcm(row_multiple, self.rows.step(gate_up))
         num_slots = plan.topology.num_slots
         most = num_slots - plan.num_experts + 1 if max_replicas is None else max_replicas
         width = max(16, most, plan.log2phy.shape[2])
@@ -295,7 +296,12 @@ class ExpertParallelMoE(nn.Module):
             exchange = UnevenExchange(slot_TK, self.sites, self.rows, multiple=self.row_multiple)
         else:
             exchange = CapacityExchange(
-                slot_TK, self.sites, self.rows, self.capacity, self.overflow
+                slot_TK,
+                self.sites,
+                self.rows,
+                self.capacity,
+                self.overflow,
+                multiple=self.row_multiple,
             )
             if not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self.raise_on_overflow()
@@ -341,11 +347,9 @@ class Pass:
 
     @property
     def rows_by_slot(self) -> Tensor:
-        """`[S]` int32 on the device, how many rows each slot of this rank gets in this pass, with
-        those that fill it up to ``row_multiple``. Known once the layer's ``begin`` has returned;
-        waits for nothing."""
-        end_S = self._exchange.groups.end_S
-        return end_S.diff(prepend=end_S.new_zeros(1))
+        """`[S]` int64 on the device, how many rows each slot of this rank gets in this pass. Known
+        once the layer's ``begin`` has returned; waits for nothing."""
+        return self._exchange.got_S
 
     @torch.no_grad()
     def dispatch(self) -> None:

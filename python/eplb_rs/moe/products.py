@@ -1,11 +1,16 @@
-"""Products of rows with the matrices of their experts, slot by slot, in one kernel: for Hopper GPUs.
+"""Products of rows with the matrices of their experts, slot by slot, one kernel each: for Hopper
+GPUs.
 
-torch's grouped product fills each slot's rows up to whole pairs of tiles, 256 rows: with 512 rows a
-slot it computes a quarter more than there is, and more the less even slots are. Here a tile has 128
-rows, and what is left of a slot is a tile of 64 where that is enough.
+torch's grouped product fills each slot's rows up to pairs of tiles, 256 rows: at 512 rows a slot it
+computes a quarter more than there is, and where load is uneven still more. Here a tile of rows has
+128 or, at the end of a slot, 64.
 
-Every number is one sum in float32, in the order of the contracted dimension: a row's result has the
-same bits wherever it stands, and the same as torch's. The host waits for nothing.
+A slot with many rows keeps the tensor cores busy, one with few the memory, whose matrix is read or
+written all the same. So slots are taken in order of their rows from both ends: half of the
+multiprocessors begin with the largest and half with the smallest, until they meet.
+
+Every number is one sum in float32 in the order of the contracted dimension. A row's result has the
+same bits wherever it stands, and the same as torch's; the host waits for nothing.
 
 Letters: N rows, S slots, O and I the height and width of a slot's matrix.
 """
@@ -13,6 +18,7 @@ Letters: N rows, S slots, O and I the height and width of a slot's matrix.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -20,18 +26,38 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["fits", "outer", "product"]
+if TYPE_CHECKING:
+    from eplb_rs.moe.experts import Groups
+
+__all__ = ["STEP", "fits", "outer", "product"]
+
+STEP = 64
+"""Each slot's rows fill a multiple of this; those that are added are zeros."""
 
 _ROWS, _COLUMNS, _DEPTH = 128, 256, 64
-"""A tile of a result, and how much of the contracted dimension is multiplied at a time."""
+"""A tile of rows times matrices, and how much of the contracted dimension is taken at a time."""
+
+_SIDE, _FEW = 128, 32
+"""A tile of a slot's sum, and how many rows are taken at a time."""
 
 _NEAR = 8
-"""How many tiles of rows go with the same columns before the next: they share a matrix in the
-cache."""
+"""How many tiles of rows are taken for the same columns before the next columns: they find the
+matrix in the cache."""
 
-_LAUNCH = {"num_warps": 8, "num_stages": 3}
-_TILES = 32
-"""How many entries of the list of tiles a program makes."""
+_BLOCK = 32
+"""How many tiles a program lists."""
+
+
+def fits(rows: Tensor, weight_SOI: Tensor) -> bool:
+    """Whether there are kernels for such rows and weights."""
+    return (
+        rows.is_cuda
+        and rows.dtype in (torch.bfloat16, torch.float16)
+        and all(width % _SIDE == 0 for width in weight_SOI.shape[1:])
+        and weight_SOI.is_contiguous()
+        and weight_SOI.data_ptr() % 16 == 0
+        and _is_hopper(rows.device)
+    )
 
 
 @lru_cache
@@ -39,95 +65,145 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def fits(rows: Tensor, weight_SOI: Tensor) -> bool:
-    """Whether these kernels are for such rows and matrices (or results, for :func:`outer`)."""
-    return (
-        rows.is_cuda
-        and rows.dtype in (torch.bfloat16, torch.float16)
-        and all(width % _DEPTH == 0 for width in weight_SOI.shape[1:])
-        and weight_SOI.is_contiguous()
-        and weight_SOI.data_ptr() % 16 == 0
-        and _is_hopper(rows.device)
-    )
-
-
-def product(rows_N: Tensor, weight_SOI: Tensor, end_S: Tensor, *, transposed: bool) -> Tensor:
-    """Each row times its slot's matrix.
-
-    Args:
-        rows_N: `[N, I]` if transposed, else `[N, O]`, grouped by slot.
-        weight_SOI: `[S, O, I]`, contiguous.
-        end_S: `[S]` int32, where each slot's rows end.
-        transposed: Whether rows are multiplied by the transposed matrices.
-
-    Returns:
-        `[N, O]` or `[N, I]`; undefined behind the last slot's rows.
-    """
+def product(rows_N: Tensor, weight_SOI: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
+    """As :func:`eplb_rs.moe.rows.product`, where :func:`fits` says so and slots' rows fill a
+    multiple of :data:`STEP`."""
     slots, height, width = weight_SOI.shape
-    columns, depth = (height, width) if transposed else (width, height)
+    columns, deep = (height, width) if transposed else (width, height)
     out = rows_N.new_empty(len(rows_N), columns)
     if not out.numel():
         return out
     rows_N = rows_N.contiguous()
-    tiles = triton.cdiv(len(rows_N), _ROWS) + slots  # at most: the host does not know
-    listed = torch.empty(triton.cdiv(tiles, _TILES) * _TILES, 3, dtype=torch.int32,
-                         device=out.device)  # fmt: skip
-    _list_tiles[(len(listed) // _TILES,)](
-        end_S, listed, slots, SLOTS=triton.next_power_of_2(slots), ROWS=_ROWS, BLOCK=_TILES
-    )
-    flat = weight_SOI.view(slots * height, width)
-    block = [_COLUMNS, _DEPTH] if transposed else [_DEPTH, _COLUMNS]
-    _product[(triton.cdiv(tiles, _NEAR) * _NEAR * triton.cdiv(columns, _COLUMNS),)](
+    matrices = weight_SOI.view(slots * height, width)
+    listed = _listed(groups, len(rows_N))
+    _product[((len(listed) - 1) * triton.cdiv(columns, _COLUMNS),)](
         TensorDescriptor.from_tensor(rows_N, [_ROWS, _DEPTH]),
         TensorDescriptor.from_tensor(rows_N, [_ROWS // 2, _DEPTH]),
-        TensorDescriptor.from_tensor(flat, block),
+        TensorDescriptor.from_tensor(
+            matrices, [_COLUMNS, _DEPTH] if transposed else [_DEPTH, _COLUMNS]
+        ),
         TensorDescriptor.from_tensor(out, [_ROWS, _COLUMNS]),
-        out,
+        TensorDescriptor.from_tensor(out, [_ROWS // 2, _COLUMNS]),
         listed,
-        len(listed),
+        torch.zeros(1, dtype=torch.int64, device=out.device),
         HEIGHT=height,
         WIDTH=columns,
-        DEEP=depth,
+        DEEP=deep,
         TRANSPOSED=transposed,
         ROWS=_ROWS,
         COLUMNS=_COLUMNS,
         DEPTH=_DEPTH,
         NEAR=_NEAR,
-        **_LAUNCH,
+        ON_GPU=out.is_cuda,
+        num_warps=8,
+        num_stages=4,
     )
     return out
 
 
+def outer(left_NO: Tensor, right_NI: Tensor, groups: Groups) -> Tensor:
+    """As :func:`eplb_rs.moe.rows.outer`, where :func:`fits` says so of the result and slots' rows
+    fill a multiple of :data:`STEP`."""
+    slots, height, width = len(groups.end_S), left_NO.shape[1], right_NI.shape[1]
+    out = left_NO.new_empty(slots, height, width)
+    if not len(left_NO):
+        return out.zero_()
+    _outer[(slots * triton.cdiv(height, _SIDE) * triton.cdiv(width, _SIDE),)](
+        TensorDescriptor.from_tensor(left_NO.contiguous(), [_FEW, _SIDE]),
+        TensorDescriptor.from_tensor(right_NI.contiguous(), [_FEW, _SIDE]),
+        TensorDescriptor.from_tensor(out.view(slots * height, width), [_SIDE, _SIDE]),
+        groups.end_S,
+        _order(groups),
+        torch.zeros(1, dtype=torch.int64, device=out.device),
+        slots,
+        HEIGHT=height,
+        WIDTH=width,
+        SIDE=_SIDE,
+        FEW=_FEW,
+        NEAR=_NEAR,
+        ON_GPU=out.is_cuda,
+        num_warps=4,
+        num_stages=4,
+    )
+    return out
+
+
+def _order(groups: Groups) -> Tensor:
+    """`[S]`, slots by their rows, most first."""
+    if "order" not in groups.kept:
+        end_S = groups.end_S
+        size_S = end_S.diff(prepend=end_S.new_zeros(1))
+        groups.kept["order"] = size_S.argsort(descending=True, stable=True).int()
+    return groups.kept["order"]
+
+
+def _listed(groups: Groups, num_rows: int) -> Tensor:
+    """int32: how many tiles of rows there are, and for each its slot, where it begins and where
+    the slot ends; by slot in that order. Room for as many as there can be."""
+    if "listed" not in groups.kept:
+        slots = len(groups.end_S)
+        most = triton.cdiv(triton.cdiv(num_rows, _ROWS) + slots, _BLOCK)
+        listed = torch.empty(most * _BLOCK + 1, 3, dtype=torch.int32, device=groups.end_S.device)
+        _list_tiles[(most,)](
+            groups.end_S,
+            _order(groups),
+            listed,
+            slots,
+            SLOTS=triton.next_power_of_2(slots),
+            ROWS=_ROWS,
+            BLOCK=_BLOCK,
+        )
+        groups.kept["listed"] = listed
+    return groups.kept["listed"]
+
+
 @triton.jit
 def _list_tiles(
-    ends, listed, num_slots, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    ends, order, listed, num_slots, SLOTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """For each tile of rows: its slot, its first row, and where the slot's rows end."""
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    slot = tl.arange(0, SLOTS)
-    real = slot < num_slots
+    place = tl.arange(0, SLOTS)
+    real = place < num_slots
+    slot = tl.load(order + place, mask=real, other=0)
     end = tl.load(ends + slot, mask=real, other=0)
     begin = tl.load(ends + slot - 1, mask=real & (slot > 0), other=0)
     tiles = tl.where(real, (end - begin + ROWS - 1) // ROWS, 0)
     passed = (tl.cumsum(tiles, 0)[None, :] <= tile[:, None]) & real[None, :]
-    found = tl.sum(passed.to(tl.int32), 1)
     within = tile - tl.sum(tl.where(passed, tiles[None, :], 0), 1)
-    first = tl.max(tl.where(passed, end[None, :], 0), 1) + within * ROWS
-    last = tl.sum(tl.where(slot[None, :] == found[:, None], end[None, :], 0), 1)
-    tl.store(listed + 3 * tile, tl.where(found < num_slots, found, -1))
-    tl.store(listed + 3 * tile + 1, first)
-    tl.store(listed + 3 * tile + 2, last)
+    here = place[None, :] == tl.sum(passed.to(tl.int32), 1)[:, None]
+    entry = listed + 3 * (tile + 1)
+    tl.store(entry, tl.sum(tl.where(here, slot[None, :], 0), 1))
+    tl.store(entry + 1, tl.sum(tl.where(here, begin[None, :], 0), 1) + within * ROWS)
+    tl.store(entry + 2, tl.sum(tl.where(here, end[None, :], 0), 1))
+    tl.store(listed, tl.sum(tiles), mask=tl.program_id(0) == 0)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit
+def _taken(queue, total, ON_GPU: tl.constexpr):
+    """The number of the piece of work that this program takes, from one end or from the other;
+    `total` if there is none left. The queue counts those taken from both ends."""
+    if ON_GPU:
+        multiprocessor = tl.inline_asm_elementwise(
+            "mov.u32 $0, %smid;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        multiprocessor = tl.program_id(0)
+    first = multiprocessor % 2 == 0
+    before = tl.atomic_add(queue, tl.where(first, 1, 1 << 32).to(tl.int64), sem="relaxed")
+    front, back = before & 0xFFFFFFFF, before >> 32
+    number = tl.where(first, front, total - 1 - back)
+    return tl.where(front + back < total, number, total).to(tl.int32)
+
+
+@triton.jit
 def _product(
     rows,
     half_rows,
     weight,
-    whole,
     out,
+    half_out,
     listed,
-    num_tiles,
+    queue,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     DEEP: tl.constexpr,
@@ -136,36 +212,35 @@ def _product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     NEAR: tl.constexpr,
+    ON_GPU: tl.constexpr,
 ):
-    across: tl.constexpr = tl.cdiv(WIDTH, COLUMNS)
-    within = tl.program_id(0) % (NEAR * across)
-    tile = tl.program_id(0) // (NEAR * across) * NEAR + within % NEAR
-    column = within // NEAR * COLUMNS
-    if tile >= num_tiles:
+    across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    tiles = tl.load(listed)
+    number = _taken(queue, tiles * across, ON_GPU)
+    if number >= tiles * across:
         return
-    slot = tl.load(listed + 3 * tile)
-    if slot < 0:
-        return
-    first = tl.load(listed + 3 * tile + 1)
-    last = tl.load(listed + 3 * tile + 2)
-    top = slot * HEIGHT
-    if last - first <= ROWS // 2:
-        total = _sum(half_rows, weight, first, top, column, DEEP, TRANSPOSED, ROWS // 2, COLUMNS,
-                     DEPTH)  # fmt: skip
-        _store(out, total, first, last, column, WIDTH, ROWS // 2, COLUMNS)
-        return
-    total = _sum(rows, weight, first, top, column, DEEP, TRANSPOSED, ROWS, COLUMNS, DEPTH)
-    if last - first >= ROWS:
-        whole.store([first, column], total.to(out.dtype.element_ty))
+    chunk = number // (NEAR * across) * NEAR
+    near = min(tiles - chunk, NEAR)
+    within = number - chunk * across
+    entry = listed + 3 * (chunk + within % near + 1)
+    column = within // near * COLUMNS
+    top = tl.load(entry) * HEIGHT
+    row = tl.load(entry + 1)
+    if tl.load(entry + 2) - row < ROWS:
+        half = _sum(
+            half_rows, weight, row, top, column, DEEP, TRANSPOSED, ROWS // 2, COLUMNS, DEPTH
+        )
+        half_out.store([row, column], half.to(half_out.dtype))
     else:
-        _store(out, total, first, last, column, WIDTH, ROWS, COLUMNS)
+        whole = _sum(rows, weight, row, top, column, DEEP, TRANSPOSED, ROWS, COLUMNS, DEPTH)
+        out.store([row, column], whole.to(out.dtype))
 
 
 @triton.jit
 def _sum(
     rows,
     weight,
-    first,
+    row,
     top,
     column,
     DEEP: tl.constexpr,
@@ -174,10 +249,10 @@ def _sum(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """A tile. That the loop's length is known at compile time keeps its products in flight."""
+    """A tile. With a length known only at run time the compiler would not overlap its products."""
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(0, DEEP, DEPTH):
-        part = rows.load([first, k])
+        part = rows.load([row, k])
         if TRANSPOSED:
             total = tl.dot(part, weight.load([top + column, k]).T, total)
         else:
@@ -186,100 +261,33 @@ def _sum(
 
 
 @triton.jit
-def _store(
-    out, total, first, last, column, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """The rows of a tile that are this slot's."""
-    row = first + tl.arange(0, ROWS)
-    columns = column + tl.arange(0, COLUMNS)
-    tl.store(
-        out + row.to(tl.int64)[:, None] * WIDTH + columns[None, :],
-        total.to(out.dtype.element_ty),
-        mask=(row < last)[:, None] & (columns < WIDTH)[None, :],
-    )
-
-
-def outer(left_NO: Tensor, right_NI: Tensor, end_S: Tensor) -> Tensor:
-    """For each slot, the sum over its rows of left times right.
-
-    Args:
-        left_NO: `[N, O]`, grouped by slot.
-        right_NI: `[N, I]`, likewise.
-        end_S: `[S]` int32, where each slot's rows end.
-
-    Returns:
-        `[S, O, I]`, zeros for slots without rows.
-    """
-    slots, height, width = len(end_S), left_NO.shape[1], right_NI.shape[1]
-    out = left_NO.new_empty(slots, height, width)
-    if not len(left_NO):
-        return out.zero_()
-    left_NO, right_NI = left_NO.contiguous(), right_NI.contiguous()
-    # Slots with many rows first: they would hold up the end.
-    order = end_S.diff(prepend=end_S.new_zeros(1)).argsort(descending=True)
-    tiles = triton.cdiv(height, _ROWS) * triton.cdiv(width, _COLUMNS)
-    _outer[(slots * tiles,)](
-        TensorDescriptor.from_tensor(left_NO, [_DEPTH, _ROWS]),
-        TensorDescriptor.from_tensor(right_NI, [_DEPTH, _COLUMNS]),
-        left_NO,
-        right_NI,
-        out,
-        end_S,
-        order,
-        HEIGHT=height,
-        WIDTH=width,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        DEPTH=_DEPTH,
-        NEAR=_NEAR,
-        **_LAUNCH,
-    )
-    return out
-
-
-@triton.jit
 def _outer(
     left,
     right,
-    left_rows,
-    right_rows,
     out,
     ends,
     order,
+    queue,
+    num_slots,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    SIDE: tl.constexpr,
+    FEW: tl.constexpr,
     NEAR: tl.constexpr,
+    ON_GPU: tl.constexpr,
 ):
-    down: tl.constexpr = tl.cdiv(HEIGHT, ROWS)
-    across: tl.constexpr = tl.cdiv(WIDTH, COLUMNS)
-    slot = tl.load(order + tl.program_id(0) // (down * across)).to(tl.int32)
-    within = tl.program_id(0) % (down * across)
-    chunk = within // (NEAR * across) * NEAR
+    down: tl.constexpr = (HEIGHT + SIDE - 1) // SIDE
+    across: tl.constexpr = (WIDTH + SIDE - 1) // SIDE
+    number = _taken(queue, num_slots * (down * across), ON_GPU)
+    slot = tl.load(order + number // (down * across))
+    chunk = number % (down * across) // (NEAR * across) * NEAR
     near = min(down - chunk, NEAR)
-    top = (chunk + within % (NEAR * across) % near) * ROWS
-    column = within % (NEAR * across) // near * COLUMNS
+    within = number % (down * across) - chunk * across
+    top = (chunk + within % near) * SIDE
+    column = within // near * SIDE
     begin = tl.load(ends + slot - 1, mask=slot > 0, other=0)
     end = tl.load(ends + slot)
-    full = begin + (end - begin) // DEPTH * DEPTH
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(begin, full, DEPTH):
+    total = tl.zeros([SIDE, SIDE], tl.float32)
+    for k in range(begin, end, FEW):
         total = tl.dot(left.load([k, top]).T, right.load([k, column]), total)
-    rows = top + tl.arange(0, ROWS)
-    columns = column + tl.arange(0, COLUMNS)
-    if full < end:  # what is not a whole step: rows behind it are another slot's
-        rest = full + tl.arange(0, DEPTH)
-        there = (rest < end)[:, None]
-        at = rest.to(tl.int64)[:, None]
-        a = tl.load(left_rows + at * HEIGHT + rows[None, :], other=0.0,
-                    mask=there & (rows < HEIGHT)[None, :])  # fmt: skip
-        b = tl.load(right_rows + at * WIDTH + columns[None, :], other=0.0,
-                    mask=there & (columns < WIDTH)[None, :])  # fmt: skip
-        total = tl.dot(a.T, b, total)
-    tl.store(
-        out + (slot.to(tl.int64) * HEIGHT + rows)[:, None] * WIDTH + columns[None, :],
-        total.to(out.dtype.element_ty),
-        mask=(rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :],
-    )
+    out.store([slot * HEIGHT + top, column], total.to(out.dtype))

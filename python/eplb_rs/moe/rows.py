@@ -29,6 +29,7 @@ __all__ = [
     "outer",
     "product",
     "spread",
+    "step",
     "weighted_sum",
 ]
 
@@ -47,6 +48,8 @@ class RowFunctions(Protocol):
     def spread(
         self, grad_TH: Tensor, gate_TK: Tensor, rows_NH: Tensor, place_TK: Tensor, *, gaps: bool
     ) -> tuple[Tensor, Tensor]: ...
+
+    def step(self, weight_SOI: Tensor) -> int: ...
 
     def product(
         self, rows: Tensor, weight_SOI: Tensor, groups: Groups, *, transposed: bool
@@ -127,6 +130,12 @@ def spread(
     out = rows_NH.new_zeros(len(rows_NH) + 1, rows_NH.shape[1])
     out[place_TK.clamp(max=len(rows_NH))] = (grad_TH[:, None] * gate_TK[..., None]).to(out.dtype)
     return out[:-1], gate_grad
+
+
+def step(weight_SOI: Tensor) -> int:
+    """What each slot's rows should fill a multiple of, for :func:`product` and :func:`outer`."""
+    del weight_SOI
+    return 1
 
 
 def product(rows: Tensor, weight_SOI: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
