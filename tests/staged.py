@@ -50,7 +50,7 @@ class Staged(dist.ProcessGroup):
         del device
         return self
 
-    def getBackendName(self):
+    def getBackendName(self):  # noqa: N802 - torch asks for it
         return NAME
 
     def _set_group_name(self, name):

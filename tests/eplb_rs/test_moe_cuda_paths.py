@@ -25,7 +25,9 @@ def compiled(kernel, types, constants, **options):
 
     names = kernel.arg_names
     assert set(names) == types.keys() | constants.keys(), kernel
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"}
+    aligned = {
+        (names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"
+    }
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},

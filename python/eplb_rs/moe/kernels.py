@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from eplb_rs.moe.experts import Groups
     from eplb_rs.moe.rows import Activation
 
-__all__ = ["gated", "gated_backward", "gather", "outer", "product", "spread", "step", "weighted_sum"]
+__all__ = [
+    "gated",
+    "gated_backward",
+    "gather",
+    "outer",
+    "product",
+    "spread",
+    "step",
+    "weighted_sum",
+]
 
 _BLOCK = 1024
 """Columns that a program takes at a time: 16 bytes of bfloat16 for each of 128 threads."""
