@@ -1,6 +1,6 @@
 """What one GPU can show of an expert-parallel layer on two: each rank's share of it, in turn.
 
-    python benches/moe_one_gpu.py [--rounds 10] [--output benches/results/moe_layer_one_gpu.json]
+    python benches/moe_one_gpu.py [--rounds 24] [--output benches/results/moe_layer_one_gpu.json]
 
 The layer of `moe_layer.py`, DeepSeek-V3's experts forward and backward under the same loads, plans
 and draws. A rank's share is a layer of that rank's slots alone, each of which gets as many rows as
@@ -19,6 +19,7 @@ import random
 import statistics
 import sys
 import tempfile
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ import measuring
 import numpy as np
 import torch
 from eplb_rs.moe import ExpertMover, ExpertWeights, predicted_tokens
+from eplb_rs.moe.experts import Groups
 from moe_case import (
     FULL,
     RANKS,
@@ -45,7 +47,10 @@ from moe_case import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from eplb_rs.moe import Pass
+    from torch import Tensor
 
 KERNELS = {"triton": None, "plain torch": False}
 WARM_UP = 3
@@ -149,102 +154,102 @@ def between_events(work: Callable[[], object], repeats: int = 1) -> float:
     return begun.elapsed_time(ended) / repeats
 
 
-def phases(case: Case, rounds: int) -> dict[str, float]:
+def phases(cases: dict[str, Case], rounds: int) -> dict[str, dict[str, float]]:
     """How long each phase of a pass takes on the device, with what it waits for the host: the
     phases follow one another without another wait."""
-    layer, found = case.layer, {}
+    times: dict[str, dict[str, list[float]]] = {how: {} for how in cases}
     for number in range(rounds + WARM_UP):
-        events = {}
-
-        def mark(name: str, events: dict[str, Any] = events) -> None:
-            events[name] = torch.cuda.Event(enable_timing=True)
-            events[name].record()
-
-        torch.cuda.synchronize()
-        mark("from")
-        with torch.no_grad():
-            made = layer.begin(case.x, case.gate_TK, case.expert_TK)
-        mark("begin")
-        for phase in ("dispatch", "experts", "combine", "output"):
-            getattr(made, phase)()
-            mark(phase)
-        made.combine_backward(case.grad)
-        mark("combine_backward")
-        for phase in ("experts_backward", "dispatch_backward", "weight_grads", "input_grad"):
-            getattr(made, phase)()
-            mark(phase)
-        torch.cuda.synchronize()
-        for before, name in pairwise(events):
-            if number >= WARM_UP:
+        for how, case in cases.items():
+            torch.cuda.synchronize()
+            events = {"from": torch.cuda.Event(enable_timing=True)}
+            events["from"].record()
+            for name, work in in_order(case):
+                work()
+                events[name] = torch.cuda.Event(enable_timing=True)
+                events[name].record()
+            torch.cuda.synchronize()
+            for before, name in pairwise(events) if number >= WARM_UP else ():
                 took = events[before].elapsed_time(events[name])
-                found.setdefault(name, []).append(took)
-    return {name: round(statistics.median(took), 3) for name, took in found.items()}
+                times[how].setdefault(name, []).append(took)
+    return {
+        how: {name: round(statistics.median(each), 3) for name, each in own.items()}
+        for how, own in times.items()
+    }
+
+
+def in_order(case: Case) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The phases of a pass, forward and backward."""
+    made: list[Pass] = []
+
+    def begin() -> None:
+        with torch.no_grad():
+            made.append(case.layer.begin(case.x, case.gate_TK, case.expert_TK))
+
+    yield "begin", begin
+    for name in ("dispatch", "experts", "combine", "output"):
+        yield name, getattr(made[0], name)
+    yield "combine_backward", lambda: made[0].combine_backward(case.grad)
+    for name in ("experts_backward", "dispatch_backward", "weight_grads", "input_grad"):
+        yield name, getattr(made[0], name)
 
 
 def products(
-    sizes: Sizes, held: ExpertWeights, rows: Any, rounds: int, device: torch.device
+    sizes: Sizes, held: ExpertWeights, rows: dict[str, Any], rounds: int, device: torch.device
 ) -> dict[str, Any]:
     """The six grouped products of a step, by the layer's kernels and by torch's, and one of 8,192
     cubed by torch: in 1e12 operations a second, rows that are filled up not counted."""
     from eplb_rs.moe import kernels
     from eplb_rs.moe import rows as plain
-    from eplb_rs.moe.experts import Groups
 
-    gate_up, down = (tensor[: len(rows)] for tensor in held[0].values())
+    gate_up, down = (tensor[: sizes.experts // RANKS] for tensor in held[0].values())
     step = kernels.step(gate_up)
-    filled = -(-rows // step) * step
 
-    def random_rows(width: int) -> torch.Tensor:
-        return torch.randn(int(filled.sum()), width, device=device, dtype=torch.bfloat16)
+    def random_rows(number: int, width: int) -> Tensor:
+        return torch.randn(number, width, device=device, dtype=torch.bfloat16)
 
-    x, inner, hidden = map(random_rows, (sizes.hidden, 2 * sizes.intermediate, sizes.intermediate))
-
-    def groups(counts: Any, multiple: int) -> Groups:
-        ends = torch.from_numpy(counts.cumsum()).int().to(device)
-        return Groups(ends, counts.tolist(), multiple)
-
-    big = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-    works: dict[tuple[str, str], Callable[[], object]] = {
-        ("one product", "8192 cubed"): lambda: big @ big
+    most = max(int((-(-counts // step) * step).sum()) for counts in rows.values())
+    x, inner, hidden = (
+        random_rows(most, width)
+        for width in (sizes.hidden, 2 * sizes.intermediate, sizes.intermediate)
+    )
+    big = random_rows(8192, 8192)
+    works: dict[tuple[str, str], list[Callable[[], object]]] = {
+        ("8192 cubed", "torch"): [lambda: big @ big]
     }
-    operations = {"8192 cubed": 2 * 8192**3}
-    for how, functions, own in (
-        ("triton", kernels, groups(filled, step)),
-        ("torch", plain, groups(rows, 1)),
-    ):
-        calls = {
-            "gate_up": lambda f=functions, g=own: f.product(x, gate_up, g, transposed=True),
-            "down": lambda f=functions, g=own: f.product(hidden, down, g, transposed=True),
-            "down, of hidden": lambda f=functions, g=own: f.product(x, down, g, transposed=False),
-            "gate_up, of rows": lambda f=functions, g=own: f.product(
-                inner, gate_up, g, transposed=False
-            ),
-            "gate_up, of weights": lambda f=functions, g=own: f.outer(inner, x, g),
-            "down, of weights": lambda f=functions, g=own: f.outer(x, hidden, g),
-        }
-        for name, call in calls.items():
-            works[how, name] = call
-            matrix = gate_up if "gate_up" in name else down
-            operations[name] = 2 * int(rows.sum()) * matrix[0].numel()
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in works}
+    operations = {"8192 cubed": 2.0 * 8192**3}
+    for name, counts in rows.items():
+        operations[name] = 6.0 * int(counts.sum()) * (gate_up[0].numel() + down[0].numel())
+        for how, functions, multiple in (("triton", kernels, step), ("torch", plain, 1)):
+            filled = -(-counts // multiple) * multiple
+            groups = Groups(torch.from_numpy(filled.cumsum()).int().to(device), filled, multiple)
+            multiplied = partial(functions.product, groups=groups)
+            summed = partial(functions.outer, groups=groups)
+            works[name, how] = [
+                partial(multiplied, x, gate_up, transposed=True),
+                partial(multiplied, hidden, down, transposed=True),
+                partial(multiplied, x, down, transposed=False),
+                partial(multiplied, inner, gate_up, transposed=False),
+                partial(summed, inner, x),
+                partial(summed, x, hidden),
+            ]
+    times: dict[tuple[str, str], list[list[float]]] = {
+        key: [[] for _ in w] for key, w in works.items()
+    }
     order = list(works)
     for number in range(rounds + WARM_UP):
         random.Random(number).shuffle(order)
         for key in order:
-            took = between_events(works[key], 2)
-            if number >= WARM_UP:
-                times[key].append(took)
-    found: dict[str, Any] = {}
-    whole: dict[str, float] = {}
-    for (how, name), took in times.items():
-        median = statistics.median(took)
-        rate = operations[name] / median / 1e9
-        found.setdefault(how, {})[name] = {"ms": round(median, 3), "TFLOP/s": round(rate)}
-        whole[how] = whole.get(how, 0.0) + median
-    for how in ("triton", "torch"):
-        found[how]["all"] = {
-            "ms": round(whole[how], 3),
-            "TFLOP/s": round(sum(operations[n] for h, n in works if h == how) / whole[how] / 1e9),
+            for own, work in zip(times[key], works[key], strict=True):
+                took = between_events(work, 2)
+                if number >= WARM_UP:
+                    own.append(took)
+    found = {}
+    for (name, how), own in times.items():
+        medians = [statistics.median(each) for each in own]
+        found[f"{name}, {how}"] = {
+            "ms": [round(median, 3) for median in medians],
+            "all ms": round(sum(medians), 3),
+            "TFLOP/s": round(operations[name] / sum(medians) / 1e9),
         }
     return found
 
@@ -323,7 +328,7 @@ def moves(rank: Rank, sizes: Sizes, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = measuring.parser(__doc__ or "", "moe_layer_one_gpu.json")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--tiny", action="store_true", help="tiny experts, to try the program")
     args = parser.parse_args()
     sizes = TINY if args.tiny else FULL
@@ -339,16 +344,20 @@ def main() -> None:
         if rank.device.type == "cuda":
             fuller = {name: both[both.sum(axis=1).argmax()] for name, both in rows.items()}
             found |= {
-                "phases of the ideal, ms": {
-                    how: phases(
-                        share_of(rank, sizes, held, fuller["ideal"], fused=fused), args.rounds
-                    )
-                    for how, fused in KERNELS.items()
-                },
-                "grouped products": {
-                    name: products(sizes, held, fuller[name], args.rounds, rank.device)
-                    for name in ("ideal", "worst after")
-                },
+                "phases of the ideal, ms": phases(
+                    {
+                        how: share_of(rank, sizes, held, fuller["ideal"], fused=fused)
+                        for how, fused in KERNELS.items()
+                    },
+                    args.rounds,
+                ),
+                "grouped products": products(
+                    sizes,
+                    held,
+                    {name: fuller[name] for name in ("ideal", "worst after")},
+                    args.rounds,
+                    rank.device,
+                ),
                 "in a CUDA graph": captured(rank, sizes, held, fuller["ideal"], args.rounds),
             }
             del held

@@ -127,14 +127,6 @@ class UnevenExchange(Exchange):
         distributed.all_to_all_single(
             counts_DS, counts_R, [here] * ranks, list(sites.slots), group=sites.group
         )
-        known: list[int] = torch.cat((counts_R, counts_DS)).tolist()  # the wait
-        sent, got = known[:num_slots], known[num_slots:]
-        self._to = _sums(sent, sites.slots)
-        self._from = _sums(got, [here] * ranks)
-        num_sent, num_got = sum(self._to), sum(self._from)
-        self._sent_M = order[:num_sent]
-        self._place_TK = _inverse(self._sent_M, slot_M.numel(), missing=num_sent).view_as(slot_TK)
-
         # The rows of a source and slot arrive together; where they begin, and where they belong.
         counts = counts_DS.view(ranks, here)
         self.got_S = counts.sum(0)
@@ -142,6 +134,14 @@ class UnevenExchange(Exchange):
         ends_S = padded_S.cumsum(0)
         begin = ends_S - padded_S + counts.cumsum(0) - counts
         arrives = counts_DS.cumsum(0) - counts_DS
+
+        known: list[int] = torch.cat((counts_R, counts_DS)).tolist()  # the wait
+        sent, got = known[:num_slots], known[num_slots:]
+        self._to = _sums(sent, sites.slots)
+        self._from = _sums(got, [here] * ranks)
+        num_sent, num_got = sum(self._to), sum(self._from)
+        self._sent_M = order[:num_sent]
+        self._place_TK = _inverse(self._sent_M, slot_M.numel(), missing=num_sent).view_as(slot_TK)
         shift = torch.repeat_interleave(begin.flatten() - arrives, counts_DS, output_size=num_got)
         self._back_A = torch.arange(num_got, device=device) + shift
         sizes = [-(-sum(got[slot::here]) // multiple) * multiple for slot in range(here)]

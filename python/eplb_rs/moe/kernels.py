@@ -183,15 +183,17 @@ def step(weight_SOI: Tensor) -> int:
 
 def product(rows_N: Tensor, weight_SOI: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
     """As :func:`eplb_rs.moe.rows.product`."""
-    ours = groups.multiple % products.STEP == 0 and products.fits(rows_N, weight_SOI)
-    return (products if ours else plain).product(rows_N, weight_SOI, groups, transposed=transposed)
+    if groups.multiple % products.STEP == 0 and products.fits(rows_N, weight_SOI):
+        return products.product(rows_N, weight_SOI, groups, transposed=transposed)
+    return plain.product(rows_N, weight_SOI, groups, transposed=transposed)
 
 
 def outer(left_NO: Tensor, right_NI: Tensor, groups: Groups) -> Tensor:
     """As :func:`eplb_rs.moe.rows.outer`."""
     result = left_NO.new_empty(0, left_NO.shape[1], right_NI.shape[1])
-    ours = groups.multiple % products.STEP == 0 and products.fits(left_NO, result)
-    return (products if ours else plain).outer(left_NO, right_NI, groups)
+    if groups.multiple % products.STEP == 0 and products.fits(left_NO, result):
+        return products.outer(left_NO, right_NI, groups)
+    return plain.outer(left_NO, right_NI, groups)
 
 
 def gated(inner: Tensor, activation: Activation) -> Tensor:
