@@ -18,7 +18,7 @@ from dualpipe import METHODS, Costs, Layers, Machine, Schedule, ScheduleError, s
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dualpipe import Timeline
+    from dualpipe import Candidate, Timeline
 
 __all__ = ["main"]
 
@@ -59,24 +59,53 @@ activation_bytes, message_bytes, each a number or a list with one figure for eve
 }
 
 
+_OPTIONS = {
+    "num_ranks": "--ranks",
+    "num_micro_batches": "--micro-batches",
+    "stages_per_rank": "--stages-per-rank",
+    "max_activations": "--max-activations",
+    "max_bytes": "--memory-gb",
+    "max_simulations": "--simulations",
+    "methods": "--methods",
+    "layers": "--forward",
+    "forward": "--forward",
+    "backward_input": "--input",
+    "backward_weight": "--weight",
+    "overlap_factor": "--overlap",
+    "latency": "--latency",
+}
+"""What the command line calls the arguments of the package."""
+
 _MOST_STAGES = 65535
 """What a schedule can have; more layers than stages make sense up to here too."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 1 for a refusal, 2 for wrong usage."""
+    """Runs the command line; returns the exit status: 0, 1 for a refusal, 2 for wrong usage, 130 if
+    interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever has started this
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         # The reader (head, a pager) has seen enough. Python would complain again as it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ScheduleError, OSError, ImportError) as error:
-        print(f"dualpipe: {error}", file=sys.stderr)
+        print(f"dualpipe: {_in_options(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+def _in_options(message: str) -> str:
+    """A message of the package in the words of the command line."""
+    for argument, option in _OPTIONS.items():
+        message = message.replace(f"`{argument}`", f"`{option}`")
+    return message
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,6 +230,14 @@ def _add_machine(command: argparse.ArgumentParser) -> None:
 def _schedule(options: argparse.Namespace, *, check: bool = True) -> Schedule:
     path = Path(options.schedule)
     if path.suffix or path.is_file():
+        for option in ("ranks", "micro_batches", "stages_per_rank"):
+            if getattr(options, option) is not None:
+                raise ScheduleError(
+                    code="usage",
+                    argument=f"--{option.replace('_', '-')}",
+                    got=f"{getattr(options, option)} with a file",
+                    expected="left out, since the file says it",
+                )
         schedule = Schedule.load(path, check=check)
         return schedule.forward_only() if options.forward_only else schedule
     if options.ranks is None or options.micro_batches is None:
@@ -315,7 +352,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    found = search(
+    every = search(
         _layers(options),
         options.ranks,
         num_micro_batches=options.micro_batches,
@@ -330,7 +367,8 @@ def _search(options: argparse.Namespace) -> None:
         ),
         max_simulations=options.simulations,
         progress=_progress if sys.stderr.isatty() else None,
-    )[: options.top]
+    )
+    found = every[: options.top]
     if options.json:
         rows = [
             {
@@ -345,7 +383,19 @@ def _search(options: argparse.Namespace) -> None:
             for candidate in found
         ]
         print(json.dumps(rows))
-        return
+    else:
+        _print_candidates(found)
+    if not any(candidate.partition for candidate in every):
+        raise ScheduleError(
+            code="infeasible",
+            argument="--methods",
+            got=f"{len(every)} combinations of schedule and micro-batches",
+            expected="such that one of them can be run",
+            hint="the list says why each cannot",
+        )
+
+
+def _print_candidates(found: Sequence[Candidate]) -> None:
     for place, candidate in enumerate(found, 1):
         stages = f" x{candidate.stages_per_rank}" if candidate.stages_per_rank else ""
         print(f"{place:2}. {candidate.method}{stages}, {candidate.num_micro_batches} micro-batches")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from dualpipe import comm
@@ -15,7 +16,6 @@ from dualpipe.schedule import Schedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    import torch
     import torch.distributed as dist
 
 __all__ = ["DualPipe", "DualPipeV"]
@@ -71,7 +71,7 @@ class _DropIn(nn.Module):
         *inputs: torch.Tensor | None,
         num_chunks: int = 0,
         criterion: Callable[..., torch.Tensor] | None = None,
-        labels: Sequence[torch.Tensor | None] = (),
+        labels: torch.Tensor | Sequence[torch.Tensor | None] = (),
         return_outputs: bool = False,
     ) -> tuple[torch.Tensor | None, torch.Tensor | tuple[torch.Tensor | None, ...] | None]:
         """Runs a training step, or under ``torch.no_grad()`` an inference step.
@@ -82,7 +82,7 @@ class _DropIn(nn.Module):
             num_chunks: How many micro-batches, those of both directions together; at least 1.
             criterion: ``criterion(*outputs, *labels)`` gives a micro-batch's loss. Needed for
                 training on the ranks that hold the last stage.
-            labels: Labels, on the ranks that hold the last stage.
+            labels: Labels, on the ranks that hold the last stage; a lone one may be given as it is.
             return_outputs: Return the last stage's outputs too.
 
         Returns:
@@ -102,6 +102,8 @@ class _DropIn(nn.Module):
             executor.refuse(error)
         if not any(stage.is_first for stage in executor.stages.values()):
             inputs = ()
+        if isinstance(labels, torch.Tensor):
+            labels = [labels]
         result = executor.step(
             *inputs,
             labels=labels,

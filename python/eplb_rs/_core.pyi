@@ -40,7 +40,9 @@ class Topology:
     rank.
 
     Raises:
-        InvalidInputError: ``not_positive``, ``not_integer`` or ``too_large`` for a count.
+        InvalidInputError: ``not_positive``, ``not_integer`` or ``too_large`` for a count; for
+            ``slots``, ``speeds`` and ``dead`` as :meth:`with_slots`, :meth:`with_speeds` and
+            :meth:`with_dead`.
     """
 
     def __new__(
@@ -66,7 +68,8 @@ class Topology:
 
         Raises:
             InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
-                ``not_positive`` or ``too_large`` for a number.
+                ``not_integer``, ``not_positive`` or ``too_large`` for a number, ``wrong_type``
+                for what is no list.
         """
     def with_speeds(self, speeds: Sequence[float]) -> Topology:
         """The same machines with GPUs of these speeds: how much load each serves in the same time,
@@ -75,15 +78,16 @@ class Topology:
         Raises:
             InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
                 ``out_of_range`` for one that is not above zero, or if one is more than 1,000
-                times another.
+                times another; ``wrong_type`` for what is no list of numbers.
         """
     def with_dead(self, dead: Sequence[int]) -> Topology:
         """The same machines when these GPUs, and no others, are dead. Their slots keep their
-        numbers and hold -1.
+        numbers and hold -1. If more have died, ``topology.with_dead([*topology.dead, 7])``.
 
         Raises:
             InvalidInputError: ``out_of_range`` for a GPU that does not exist, ``too_small`` if
-                none is left.
+                none is left; ``not_integer`` or ``negative`` for what is no number of a GPU,
+                ``wrong_type`` for what is no list.
         """
     @property
     def slots(self) -> list[int]:

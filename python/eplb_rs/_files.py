@@ -31,8 +31,15 @@ def write_whole(path: str | os.PathLike[str], content: bytes, argument: str = "p
     """Writes a file wholly or not at all (devices and pipes are written to as they are).
 
     Raises:
-        InvalidInputError: ``unwritable_file``.
+        InvalidInputError: ``wrong_type`` for what is no path, ``unwritable_file``.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidInputError(
+            code="wrong_type",
+            argument=argument,
+            got=type(path).__name__,
+            expected="the path of a file",
+        )
     try:
         target = Path(path).resolve()  # a link stays one, and what it points to is replaced
         if target.exists() and not target.is_file():

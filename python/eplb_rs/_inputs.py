@@ -192,7 +192,8 @@ def as_count(value: object, argument: str, least: int = 1) -> int:
         got = repr(value)[:100]
     except Exception:  # whatever an object's own raises
         got = type(value).__name__
-    expected = f"a whole number of at least {least}"
+    size = "of 64 bits" if code == "too_large" else f"of at least {least}"
+    expected = f"a whole number {size}"
     raise InvalidInputError(code=code, argument=argument, got=got, expected=expected)
 
 
@@ -211,6 +212,20 @@ def as_number(value: Any, argument: str, *, least: float = 0.0, above: bool = Fa
     expected = f"finite and {'above' if above else 'at least'} {least:g}"
     raise InvalidInputError(
         code="out_of_range", argument=argument, got=repr(number), expected=expected
+    )
+
+
+def as_part(value: Any, argument: str) -> float:
+    """A number from 0 to 1.
+
+    Raises:
+        InvalidInputError: ``wrong_type`` or ``out_of_range``.
+    """
+    part = as_number(value, argument)
+    if part <= 1.0:
+        return part
+    raise InvalidInputError(
+        code="out_of_range", argument=argument, got=repr(part), expected="from 0 to 1"
     )
 
 

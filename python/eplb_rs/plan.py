@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core, _plan_json
+from eplb_rs._files import write_whole
 from eplb_rs._inputs import as_count, as_load, as_slots, as_topology, wrong_type
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.transfers import Transfers
@@ -400,8 +400,12 @@ class Plan:
         return cls._made(*_plan_json.parsed(text))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes :meth:`to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Writes :meth:`to_json` to a file, wholly or not at all.
+
+        Raises:
+            InvalidInputError: ``wrong_type`` or ``unwritable_file``.
+        """
+        write_whole(path, self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -506,8 +510,13 @@ def _checked_layer_ids(layer_ids: Sequence[int] | None, num_layers: int) -> tupl
         got, code = type(layer_ids).__name__, "wrong_type"
     else:
         if len(ids) == num_layers:
-            return tuple(as_count(layer, "layer_ids", least=0) for layer in ids)
-        got = f"{len(ids)} numbers" if len(ids) <= num_layers else "more numbers"
-        code = "wrong_shape"
-    expected = f"{num_layers} whole numbers, one per layer"
+            numbers = tuple(as_count(layer, "layer_ids", least=0) for layer in ids)
+            if len(set(numbers)) == num_layers:
+                return numbers
+            twice = next(layer for layer in numbers if numbers.count(layer) > 1)
+            got, code = f"{twice} twice", "repeated"
+        else:
+            got = f"{len(ids)} numbers" if len(ids) <= num_layers else "more numbers"
+            code = "wrong_shape"
+    expected = f"{num_layers} different whole numbers, one per layer"
     raise InvalidInputError(code=code, argument="layer_ids", got=got, expected=expected)

@@ -22,7 +22,7 @@ from eplb_rs.transfers import TransferLimits
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from eplb_rs._inputs import LoadLike
+    from eplb_rs._inputs import Load, LoadLike
     from eplb_rs.realtime import Step, StepLimits
     from eplb_rs.worth import Worth
 
@@ -86,7 +86,9 @@ class Planner:
             sooner; more steps never give a worse plan.
         time_limit_us: Instead of ``iterations``, how long a call may search, in microseconds. The
             plan then depends on how fast the machine happens to be: where several processes must
-            come to the same plan, as in an engine, use ``iterations``.
+            come to the same plan, as in an engine, use ``iterations``. Only the search is limited:
+            a model takes a few milliseconds besides, a frontier up to 20, and priced groups as
+            long as they take.
 
     Raises:
         InvalidInputError: ``not_positive``, ``not_integer``, ``too_large`` for a count,
@@ -263,10 +265,20 @@ class Planner:
                 placement = core.plan_within(array, held, reach, checked)
             else:
                 raise wrong_type("limits", limits, "an eplb_rs.TransferLimits")
-        rule = "strict" if core.keeps_groups else "free"
-        if core.policy == "balanced" and core.group_rule == "priced":
-            rule = "priced"
-        return Plan._made(placement, array, core.num_groups, core.policy, layer_ids, rule)
+        priced = core.policy == "balanced" and core.group_rule == "priced"
+        return self._made(placement, array, layer_ids, "priced" if priced else None)
+
+    def _made(
+        self,
+        placement: _core.Placement,
+        load: Load,
+        layer_ids: Sequence[int] | None,
+        rule: str | None = None,
+    ) -> Plan:
+        """A plan of this planner; where no rule is named, groups stay on a node or are ignored."""
+        if rule is None:
+            rule = "strict" if self._core.keeps_groups else "free"
+        return Plan._made(placement, load, self.num_groups, self.policy, layer_ids, rule)
 
     def frontier(self, load: LoadLike, previous: Plan, *, repeats: bool = True) -> list[Milestone]:
         """Balance against moves, from the plan in force.
@@ -439,7 +451,8 @@ class Planner:
         In the weighted mean over the scenarios, the largest rank load is as small as exchanges
         make it. They start from the placement in force, so few experts move; without one, from
         what this planner plans for the mean load. Of the settings, ``iterations`` limits how many
-        exchanges are tried for each layer, and ``time_limit_us`` how long they are.
+        exchanges are tried for each layer, and ``time_limit_us`` how long they are. Exchanges keep
+        groups on their nodes under ``group_rule="strict"``, and ignore them otherwise.
 
         With shares and ``max_moves`` each move is the one that relieves a layer most: of all slots
         that could be given to another expert, found exactly.
@@ -493,7 +506,7 @@ class Planner:
             *(None if n is None else as_count(n, name, least=0) for name, n in limits.items()),
         )
         mean = np.average(array, axis=0, weights=counts).astype(np.float32)
-        return Plan._made(placement, mean, self.num_groups, self.policy, layer_ids)
+        return self._made(placement, mean, layer_ids)
 
     def plan_linked(
         self,
@@ -529,7 +542,7 @@ class Planner:
         array = as_load(load)
         settings = (as_number(slack, "slack"), as_number(spread, "spread"))
         placement = _core.plan_linked(self._core, array, *settings)
-        return Plan._made(placement, array, self.num_groups, self.policy, layer_ids)
+        return self._made(placement, array, layer_ids)
 
     def plan_into(self, load: LoadLike, out: PlanBuffers) -> None:
         """Plans a placement into buffers, and allocates nothing once warm.
@@ -591,7 +604,8 @@ class Planner:
 
         Raises:
             InvalidInputError: As there; ``not_multiple`` if experts do not divide over the ranks,
-                ``too_small`` if no slot is spare.
+                ``too_small`` if no slot is spare, ``inconsistent`` for a topology whose GPUs are
+                not all alike.
         """
         from eplb_rs.realtime import step_planner
 

@@ -281,8 +281,15 @@ def step_planner(
     """The planner for a load on machines whose ranks have more slots than experts at home.
 
     Raises:
-        InvalidInputError: ``not_multiple`` or ``too_small``, else as :class:`StepPlanner`.
+        InvalidInputError: ``inconsistent``, ``not_multiple`` or ``too_small``, else as :class:`StepPlanner`.
     """
+    if not topology.is_even:
+        raise InvalidInputError(
+            code="inconsistent",
+            argument="topology",
+            got="GPUs of unequal slots or speed, or dead ones",
+            expected="GPUs that are all alike for a plan of one step",
+        )
     ranks, slots = topology.num_gpus, topology.slots_per_gpu
     shape = np.shape(load)
     experts = shape[-1] if shape else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eplb_rs._inputs import as_number
+from eplb_rs._inputs import as_number, as_part
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -66,7 +66,7 @@ def worth_of(
     )
     saved = float((before.rank_time.max(axis=1) - plan.rank_time.max(axis=1)).sum())
     s_per_token = as_number(us_per_token, "us_per_token", above=True) * 1e-6
-    shown = 1.0 - min(as_number(hidden, "hidden"), 1.0)
+    shown = 1.0 - as_part(hidden, "hidden")
     return Worth(
         plan=plan,
         moves=int((transfers.source != transfers.target).sum()),

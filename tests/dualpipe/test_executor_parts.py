@@ -157,6 +157,32 @@ def test_a_dry_forward_leaves_no_traces():
         assert torch.equal(buffer, before[name])
 
 
+class WritesInPlace(nn.Module):
+    """Into its input, a keyword argument and a buffer, of which it replaces another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("late", None)
+
+    def forward(self, x: torch.Tensor, *, mask: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.mean = x.mean()
+        self.late = self.mean
+        return x.mul_(2) + mask.neg_()
+
+
+def test_a_dry_forward_works_on_copies():
+    module, x, mask = WritesInPlace(), torch.ones(2, 3), torch.ones(2, 3)
+    mean = module.mean
+    dry_forward(module, [x], {"mask": mask}, training=True)
+    assert torch.equal(x + mask, torch.full((2, 3), 2.0))
+    assert module.mean is mean
+    assert module.late is None
+    assert module.count.item() == module.mean.item() == 0
+
+
 # Seeds
 
 

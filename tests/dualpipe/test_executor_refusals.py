@@ -43,6 +43,15 @@ def refusals(rank: int, size: int) -> list[str]:
     refused(lambda: made({rank: len}))
     refused(lambda: made({rank: nn.Sequential(linear(), linear().to("meta"))}))
     refused(lambda: made(graphs="always"))
+    refused(lambda: made(limit_s="10"))
+    refused(lambda: made(seed=1.5))
+    refused(lambda: made(batch_dim="0"))
+    refused(lambda: made(device="gpu"))
+    refused(lambda: made(store=3))
+    refused(lambda: made(ranks=1))
+    # One rank alone
+    refused(lambda: made(given=schedule if rank else "1f1b"))
+    refused(lambda: made(limit_s=0 if rank else 5))
 
     # Of a step
     executor = made()
@@ -58,6 +67,8 @@ def refusals(rank: int, size: int) -> list[str]:
     refused(lambda: step(*inputs, labels=[part[:3] for part in labels]))
     refused(lambda: step(*inputs, kwargs={size: {}}))
     refused(lambda: step(*inputs, kwargs={0: 3}))
+    refused(lambda: step(*inputs, kwargs=[3]))
+    refused(lambda: step(*inputs, criterion="mse"))
     refused(lambda: step(*inputs, schedule=8))
     refused(lambda: step(*inputs, schedule=Schedule.generate("1f1b", size + 2, 4)))
     refused(lambda: step(*inputs))
@@ -85,12 +96,22 @@ def test_wrong_use_is_refused_by_name():
             "stages: stages",
             "stages: device",
             "graphs: graphs",
+            "limit_s: limit_s",
+            "seed: seed",
+            "batch_dim: batch_dim",
+            "device: device",
+            "store: store",
+            "ranks: ranks",
+            "schedule: schedule",
+            "limit_s: limit_s",
             "inputs: inputs",
             "inputs: inputs",
             "labels: labels",
             "labels[0]: batch_size",
             "kwargs: kwargs",
-            "arguments: arguments",
+            "kwargs: kwargs",
+            "kwargs: kwargs",
+            "criterion: criterion",
             "schedule: schedule",
             "schedule: placement",
             "none",

@@ -50,7 +50,9 @@ def measured(rank: int, size: int) -> dict:
         "idle": report.idle_ratio.tolist(),
         "text": str(report),
         "trace": report.to_perfetto(),
-        "best": search(report.layers([1] * schedule.num_stages), size)[0].method,
+        "best": search(
+            report.layers([1] * schedule.num_stages), size, machine=report.machine(max_bytes=None)
+        )[0].method,
     }
     try:
         report.layers([1])
@@ -96,6 +98,30 @@ def as_if(schedule: Schedule, work: dict[Kind, list[float]], slower: list[float]
             now = end
         ranks.append(tuple(spans))
     return StepReport(schedule, tuple(ranks))
+
+
+def test_links_and_pairs_go_into_a_search() -> None:
+    work = {kind: [2.0] * 8 for kind in (Kind.F, Kind.I, Kind.W)} | {Kind.B: [4.0] * 8}
+    report = as_if(Schedule.generate("dualpipev", 4, 12), work, [1.0] * 4)
+    machine = report.machine(max_bytes=10)
+    assert (machine.pairs, machine.overlap_factor, machine.max_bytes) == ("early_forward", 1.0, 10)
+    # As if a hook had run the pairs, 0.9 of their halves' time each.
+    spans = tuple(
+        tuple(
+            span._replace(pair=True, end_s=span.start_s + 0.9 * 6e-3)
+            if span.instruction.kind == Kind.OVERLAP_F
+            else span
+            for span in rank
+            if span.instruction.kind != Kind.OVERLAP_B
+        )
+        for rank in report.spans
+    )
+    machine = StepReport(report.schedule, spans).machine()
+    assert machine.pairs == "atomic"
+    assert np.isclose(machine.overlap_factor, 0.9)
+    latency = np.asarray(machine.latency)
+    assert latency.shape == (4, 4)
+    assert not latency.any() or latency.all()
 
 
 def test_the_ranks_speeds_are_told_from_the_stages_work() -> None:

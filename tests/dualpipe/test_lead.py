@@ -21,11 +21,13 @@ class Traced(nn.Module):
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
         self.norm = nn.BatchNorm1d(WIDTH)
+        self.register_buffer("calls", torch.zeros(()))
         self.num_forwards = 0
         self.fails = False
 
     def forward(self, x: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
         self.num_forwards += 1
+        self.calls = self.calls + 1  # another tensor
         if self.fails:
             raise ValueError("this forward fails")
         return self.norm(self.linear(x)) * scale + 0 * torch.rand(())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from dualpipe.executor import products
 from dualpipe.executor.backward import StageBackward
-from dualpipe.executor.products import wants_autograd
+from dualpipe.executor.parallel import hears_gradients
 from pipelines import published_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -183,5 +183,5 @@ def test_data_parallel_modules_are_left_to_autograd() -> None:
     inner = nn.Linear(2, 2)
     parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
     nn.Module.__init__(parallel)
-    assert wants_autograd(nn.Sequential(inner, parallel))
-    assert not wants_autograd(inner)
+    assert hears_gradients(nn.Sequential(inner, parallel))
+    assert not hears_gradients(inner)

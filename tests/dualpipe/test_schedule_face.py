@@ -387,7 +387,10 @@ def test_traces_show_all_of_odd_times(method: str) -> None:
         (["export", "dualpipe", "-p", "2", "-m", "3", "--format", "csv"], 1, "which copy"),
         (["search", "--forward", "1x8", "-p", "4", "-m", "8", "--top", "2"], 0, "1. "),
         (["search", "--forward", "1x8", "-p", "4", "-m", "8", "--json"], 0, "wins_below_overlap"),
-        (["show", "dualpipe", "-p", "3", "-m", "8"], 1, "nearest: 2, 4"),
+        (["search", "--forward", "1x2", "-p", "4", "-m", "8"], 1, "can be run"),
+        (["show", "dualpipe", "-p", "3", "-m", "8"], 1, "`--ranks` (3) must be even"),
+        (["show", "dualpipe", "-p", "4", "-m", "-8"], 1, "`--micro-batches` (-8)"),
+        (["verify", "x.csv", "-p", "4"], 1, "the file says it"),
         (["show", "dualpipe"], 1, "--ranks"),
         (["show", "nothing.csv"], 1, "nothing.csv"),
         (["search", "-p", "4"], 1, "--layers"),
@@ -435,6 +438,18 @@ def test_a_reader_may_leave_early() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_it_may_be_interrupted_and_have_no_output(monkeypatch) -> None:
+    run = ["show", "1f1b", "-p", "2", "-m", "2"]
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(run) == 0
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Schedule, "generate", interrupted)
+    assert main(run) == 130
 
 
 def test_command_line_files(tmp_path, capsys) -> None:

@@ -1,6 +1,7 @@
 """Bad input is refused with a typed error that names the argument, and nothing is changed by it."""
 
 import copy
+import itertools
 import json
 import operator
 import pickle
@@ -183,6 +184,53 @@ def test_too_few_slots_names_a_number_that_would_do() -> None:
 def test_topologies_refuse_what_is_no_count(argument: str, value: Any, code: str) -> None:
     counts = {"num_nodes": 1, "gpus_per_node": 1, "slots_per_gpu": 1, argument: value}
     refused(lambda: Topology(**counts), code, argument)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "code"),
+    [
+        ("dead", [-1], "negative"),
+        ("dead", [8], "out_of_range"),
+        ("dead", 3, "wrong_type"),
+        ("dead", "3", "not_integer"),
+        ("dead", [1.0], "not_integer"),
+        ("dead", [False, True] * 4, "not_integer"),  # a mask is no list of numbers
+        ("dead", range(8), "too_small"),
+        ("slots", [2] * 7, "wrong_shape"),
+        ("slots", [2] * 7 + [-1], "not_positive"),
+        ("slots", [2.0] * 8, "not_integer"),
+        ("slots", [2**62] * 8, "too_large"),
+        ("slots", itertools.repeat(2), "wrong_shape"),
+        ("speeds", ["fast"] * 8, "wrong_type"),
+        ("speeds", 1.0, "wrong_type"),
+        ("speeds", [1.0] * 7 + [np.nan], "out_of_range"),
+        ("speeds", [1.0] * 7 + [2000.0], "out_of_range"),
+    ],
+)
+def test_topologies_refuse_what_does_not_describe_gpus(
+    argument: str, value: Any, code: str
+) -> None:
+    change = getattr(Topology(2, 4, 2), f"with_{argument}")
+    error = refused(lambda: change(value), code, argument)
+    assert len(str(error)) < 200
+    if not isinstance(value, itertools.repeat):
+        refused(lambda: Topology(2, 4, 2, **{argument: value}), code, argument)
+
+
+def test_gpus_may_be_listed_in_any_way() -> None:
+    for dead in ([1, 3], (3, 1), {1, 3}, np.array([3, 1, 3]), range(1, 4, 2)):
+        topology = TOPOLOGY.with_dead(dead)  # type: ignore[arg-type]
+        assert topology.dead == [1, 3]
+    assert topology.with_dead([]) == TOPOLOGY
+    assert TOPOLOGY.with_slots(np.full(4, 2)) == TOPOLOGY  # type: ignore[arg-type]
+
+
+def test_sizes_that_no_table_can_be_made_for() -> None:
+    topology = Topology.from_totals(num_replicas=2**20, num_nodes=1, num_gpus=2**20)
+    load = np.ones((1, 10**6), dtype=np.float32)
+    refused(lambda: Planner(topology).plan(load), "too_large", "topology", "1000000", "1048576")
+    uneven = Topology(1, 2**10, 1).with_slots([2**20 - 2**10 + 1] + [1] * (2**10 - 1))
+    refused(lambda: Planner(uneven).plan([[1, 2]]), "too_large", "topology")
 
 
 @pytest.mark.parametrize(
@@ -771,6 +819,7 @@ PHY2LOG = [[0, 1, 2, 3, 0, 1, 2, 3]] * 2
         ({"layer_ids": 7}, "wrong_type", "layer_ids"),
         ({"layer_ids": [1, None]}, "not_integer", "layer_ids"),
         ({"layer_ids": [-1, 2]}, "negative", "layer_ids"),
+        ({"layer_ids": [2, 2]}, "repeated", "layer_ids"),
     ],
 )
 def test_placements_that_are_none(arguments: dict[str, Any], code: str, argument: str) -> None:
@@ -926,6 +975,14 @@ def test_files_that_are_no_plan(tmp_path: Path) -> None:
     refused(lambda: Plan.load(tmp_path / "empty"), "not_json", "plan")
     refused(lambda: Plan.load("a\0b"), "unreadable_file", "plan", "'a\\x00b'")
     refused(lambda: Plan.load(None), "wrong_type", "path")  # type: ignore[arg-type]
+
+
+def test_files_that_cannot_be_written(tmp_path: Path) -> None:
+    plan = Planner(TOPOLOGY).plan(np.ones((1, 8)))
+    for path in (tmp_path, tmp_path / "none" / "plan.json", "a\0b"):
+        refused(lambda path=path: plan.save(path), "unwritable_file", "path")  # type: ignore[misc]
+    refused(lambda: plan.save(None), "wrong_type", "path")  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 # Errors

@@ -177,10 +177,10 @@ def test_plot(run, tmp_path, kind):
 
 def test_help_and_version(run):
     assert run("--version") == (0, f"eplb {eplb_rs.__version__}\n", "")
-    for command in ((), ("plan",), ("show",), ("explain",)):
+    for command in ((), ("plan",), ("show",), ("explain",), ("simulate",)):
         code, out, err = run(*command, "--help")
         assert (code, err) == (0, "")
-        assert f"eplb {command[0] if command else 'plan'} " in out
+        assert f"eplb {command[0] if command else 'COMMAND'} " in out
         assert max(map(len, out.splitlines())) <= 100
     assert "examples:" in out
 
@@ -311,6 +311,34 @@ def test_broken_pipe_is_quiet():
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize(
+    "arguments", [("plan", DEEPSEEK_R1, *SHAPE), ("plan", "none", "--gpus", 1)]
+)
+def test_output_that_cannot_be_written(arguments):
+    with Path("/dev/full").open("w") as full:
+        done = process(*arguments, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    if "none" in arguments:
+        assert done.returncode == 2
+    else:
+        assert done.returncode == 1
+        assert done.stderr == "eplb plan: error: output: No space left on device\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no shell")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [("plan {} --gpus 32", 0), ("show {}", 2), ("simulate none.json --gpus 2", 2), ("--help", 0)],
+)
+def test_closed_streams(arguments, code):
+    command = f"{sys.executable} -m eplb_rs {arguments.format(DEEPSEEK_R1)}"
+    for closed in (">&-", "2>&-", "<&- >&- 2>&-"):
+        shell = ["sh", "-c", f"{command} {closed}"]
+        done = subprocess.run(shell, check=False, capture_output=True, timeout=60)
+        assert done.returncode == code
+        assert b"Traceback" not in done.stderr
 
 
 def test_interrupt(monkeypatch, run):

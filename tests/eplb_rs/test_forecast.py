@@ -237,6 +237,7 @@ def test_threads_take_turns():
         ({"num_layers": 0}, "not_positive", "num_layers"),
         ({"num_experts": 2.5}, "not_integer", "num_experts"),
         ({"num_layers": 2**62}, "too_large", "num_layers"),
+        ({"num_layers": 10**5, "num_experts": 10**5}, "too_large", "num_layers"),
         ({"estimator": "median"}, "unknown", "estimator"),
         ({"estimator": "last:3"}, "unknown", "estimator"),
         ({"estimator": "\ud800"}, "unknown", "estimator"),

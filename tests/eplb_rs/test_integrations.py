@@ -9,7 +9,7 @@ import pytest
 from eplb_rs.integrations import sglang, vllm
 from eplb_rs.integrations.offline import write_map
 from eplb_rs.integrations.planning import EnginePlanner
-from eplb_rs.integrations.settings import EngineSettings
+from eplb_rs.integrations.settings import VARIABLES, EngineSettings
 from eplb_rs.integrations.tensorrt_llm import write_config
 from eplb_rs.integrations.vllm_ascend import AscendPolicy
 from hypothesis import given
@@ -45,7 +45,9 @@ def test_loud_without_the_engine(monkeypatch, caplog, plugin):
         ("EPLB_RS_MAX_MOVES", "nan", "out_of_range"),
         ("EPLB_RS_ITERATIONS", "0", "out_of_range"),
         ("EPLB_RS_ITERATIONS", "inf", "out_of_range"),
+        ("EPLB_RS_ITERATIONS", "1e30", "out_of_range"),
         ("EPLB_RS_SHARES", "2.5", "out_of_range"),
+        ("EPLB_RS_SHARES", "5000", "out_of_range"),
         ("EPLB_RS_MAXMOVES", "0.5", "unknown"),
     ],
 )
@@ -64,14 +66,28 @@ def test_variables_without_the_one_that_chooses(caplog):
 def test_settings_of_the_environment():
     settings = EngineSettings.from_environment(
         {
-            "EPLB_RS_POLICY": "deepseek",
+            "EPLB_RS_POLICY": "balanced",
             "EPLB_RS_GROUP_RULE": "free",
             "EPLB_RS_MAX_MOVES": "0.25",
             "EPLB_RS_ITERATIONS": "50",
             "EPLB_RS_SHARES": "8",
         }
     )
-    assert settings == EngineSettings("deepseek", 0.25, "free", 50, 8)
+    assert settings == EngineSettings("balanced", 0.25, "free", 50, 8)
+
+
+def test_empty_variables_are_unset_ones():
+    empty = dict.fromkeys(VARIABLES, "")
+    assert EngineSettings.from_environment(empty) is None
+    chosen = empty | {"EPLB_RS_POLICY": "deepseek"}
+    assert EngineSettings.from_environment(chosen) == EngineSettings("deepseek")
+
+
+@pytest.mark.parametrize("name", ["EPLB_RS_MAX_MOVES", "EPLB_RS_ITERATIONS"])
+def test_a_limit_that_would_not_be_kept_is_refused(name):
+    with pytest.raises(eplb_rs.InvalidInputError, match=name) as caught:
+        EngineSettings.from_environment({"EPLB_RS_POLICY": "deepseek", name: "1"})
+    assert caught.value.code == "inconsistent"
 
 
 LAYERS, EXPERTS, RANKS, SLOTS = 4, 32, 8, 5
@@ -118,6 +134,15 @@ def test_a_placement_that_breaks_the_rule_for_groups_is_replaced(caplog):
     free = engine_planner(max_moves=0.1, group_rule="free")
     moved = free.plan(random_load(0), **ENGINE, previous=TRIVIAL)
     assert 0 < arrivals(TRIVIAL, moved.phy2log) <= 0.1 * first.phy2log.size
+
+
+@pytest.mark.parametrize("policy", ["balanced", "deepseek"])
+def test_groups_are_free_under_either_policy(policy):
+    strict = engine_planner(policy=policy).plan(random_load(0), **ENGINE)
+    free = engine_planner(policy=policy, group_rule="free").plan(random_load(0), **ENGINE)
+    assert keeps_groups(strict.phy2log)
+    assert not keeps_groups(free.phy2log)
+    assert free.balance > strict.balance
 
 
 def test_without_a_limit_it_is_nearly_as_even_as_from_scratch():

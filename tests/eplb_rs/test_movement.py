@@ -181,6 +181,8 @@ def test_a_plan_is_worth_it_over_a_long_horizon(previous: Plan) -> None:
         with pytest.raises(InvalidInputError) as caught:
             PLANNER.worth_it(AFTER, previous, previous, **{"horizon": 1, **costs, name: -1})
         assert caught.value.argument == name
+    with pytest.raises(InvalidInputError, match=r"`hidden` \(50\.0\) must be from 0 to 1"):
+        PLANNER.worth_it(AFTER, previous, previous, horizon=1, hidden=50, **costs)
 
 
 @pytest.mark.parametrize("threads", [2, 8])

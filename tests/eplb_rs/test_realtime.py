@@ -167,6 +167,13 @@ def test_through_a_planner(cases: list[Case]) -> None:
     assert fewer.num_copies == 2
     with refused("not_multiple", "load"):
         planner.plan_step([1, 2, 3])
+    for uneven in (
+        planner.topology.with_dead([1]),
+        planner.topology.with_speeds([1.0] * (ranks - 1) + [2.0]),
+        planner.topology.with_slots([home + spare] * (ranks - 1) + [home]),
+    ):
+        with refused("inconsistent", "topology"):
+            eplb_rs.Planner(uneven).plan_step(case.load)
     full = eplb_rs.Planner(eplb_rs.Topology(1, 2, 2))
     with refused("too_small", "slots_per_gpu"):
         full.plan_step([1, 2, 3, 4])

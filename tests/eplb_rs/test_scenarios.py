@@ -282,6 +282,29 @@ def test_bad_outlooks_are_refused(settings_, code):
     assert caught.value.code == code
 
 
+def test_copies_beyond_any_memory_are_refused():
+    with pytest.raises(InvalidInputError, match=r"`copies` \(10{12}\)") as caught:
+        Outlook(copies=10**12).scenarios(np.ones((3, 1, 4)))
+    assert caught.value.code == "too_large"
+    with pytest.raises(InvalidInputError, match="`copies`"):
+        Outlook(copies=254).scenarios(np.ones((3, 1, 4)))
+    assert len(Outlook(copies=253).scenarios(np.ones((3, 1, 4)))) == 256
+
+
+@pytest.mark.parametrize("rule", ["strict", "free", "priced"])
+def test_plans_name_the_rule_that_they_keep(rule):
+    topology = Topology(2, 2, 3)
+    grouped = Planner(topology, 4, group_rule=rule, iterations=20)
+    load = np.arange(1.0, 9.0)[None]
+    for plan in (
+        grouped.plan_scenarios([load, load[:, ::-1]]),
+        grouped.plan_scenarios([load], split="shares"),
+        grouped.plan_linked(load),
+    ):
+        assert plan.group_rule == ("strict" if rule == "strict" else "free")
+        assert rule != "strict" or plan.crossing_share == 0
+
+
 def test_dead_ranks_and_bad_settings_are_refused():
     dead = Planner(planner(8, 4).topology.with_dead([0]), policy="balanced")
     with pytest.raises(InvalidInputError, match="topology"):

@@ -242,6 +242,14 @@ def test_every_door_gives_the_same(plan: eplb_rs.Plan, later: npt.NDArray[np.flo
             assert largest == level[layer]
     again = pickle.loads(pickle.dumps(splitter)).split(later)
     np.testing.assert_array_equal(again.by_slot, by_slot)
+    for shares in (again, splitter.uniform(later)):
+        copy = pickle.loads(pickle.dumps(shares))
+        assert repr(copy) == repr(shares)
+        np.testing.assert_array_equal(copy.by_slot, shares.by_slot)
+        np.testing.assert_array_equal(copy.lower_bound, shares.lower_bound)
+        assert not any(
+            array.flags.writeable for array in (copy.by_slot, copy.rank_load, copy.expert_load)
+        )
 
 
 def test_whole_tokens(plan: eplb_rs.Plan, later: npt.NDArray[np.float32]) -> None:
@@ -328,6 +336,7 @@ def test_bad_input(plan: eplb_rs.Plan, later: npt.NDArray[np.float32]) -> None:
         ("negative", "load", lambda: splitter.split_step(-later[0], out=row)),
         ("out_of_range", "layer", lambda: splitter.split_step(later[0], layer=6, out=row)),
         ("not_integer", "layer", lambda: splitter.split_step(later[0], layer=0.5, out=row)),
+        ("negative", "layer", lambda: splitter.split_step(later[0], layer=-1, out=row)),
         ("wrong_shape", "out", lambda: splitter.split_step(later[0], out=row[:5])),
         ("wrong_dtype", "out", lambda: splitter.split_step(later[0], out=row.astype(np.float32))),
         ("wrong_type", "out", lambda: splitter.split_step(later[0], out=[0.0] * 80)),

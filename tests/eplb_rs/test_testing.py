@@ -105,6 +105,8 @@ def broken() -> Iterator[tuple[str, tuple[Any, Any, Any], str]]:
     yield "count shape", (p, m, c[:, :5]), "logcnt: shape (2, 5), not (2, 6)"
     yield "count dtype", (p, m, c.astype(float)), "logcnt: dtype float64"
     yield "layers", (p, m[:1], c), "log2phy: shape (1, 6, 2), not (2, 6, 2)"
+    yield "ragged", ([*p.tolist()[:1], [0]], m, c), "phy2log: setting an array element"
+    yield "words", (p.astype(str), m, c), "phy2log: dtype <U21, not numbers"
     yield "flat", (p[0], m, c), "phy2log: shape (8,), not 2 dimensions"
     yield "empty", (p[:0], m, c), "phy2log: shape (0, 8)"
     yield "narrow", (p, m[:, :, :1], c), "log2phy: shape (2, 6, 1), not (2, 6, 2)"
@@ -173,6 +175,7 @@ def test_an_expert_twice_on_a_rank_is_named() -> None:
         testing.check_no_duplicates([[0, 1, 2, 0, 1, 2], [0, 1, 2, 2, 0, 2]], num_gpus=2)
     with pytest.raises(AssertionError, match="do not divide"):
         testing.check_no_duplicates([[0, 1, 1]], num_gpus=2)
+    testing.check_no_duplicates([[0, 1, -1, -1]], num_gpus=2)  # rank 1 is dead
 
 
 def test_a_wrong_rank_load_is_named() -> None:
@@ -183,6 +186,15 @@ def test_a_wrong_rank_load_is_named() -> None:
     rank_load[1, 2] *= 1.001
     with pytest.raises(AssertionError, match="layer 1, rank 2 carries"):
         testing.check_rank_load(rank_load, phy2log, LOAD)
+    for told, load, message in (
+        (rank_load[0], LOAD, "rank_load: shape"),
+        (rank_load[:1], LOAD, "rank_load: shape"),
+        (rank_load[:, :3], LOAD, "do not divide over 3 ranks"),
+        (rank_load, LOAD[:1], "load: shape"),
+        (rank_load, LOAD[0], "load: shape"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            testing.check_rank_load(told, phy2log, load)
 
 
 class Tampered(eplb_rs.Plan):
@@ -279,6 +291,14 @@ def test_a_policy_that_mixes_layers_is_named() -> None:
 
     with pytest.raises(AssertionError, match="phy2log: differs when layers change places"):
         testing.check_policy(mixing, PROBLEM)
+
+
+def test_a_policy_that_returns_something_else_is_named() -> None:
+    problem = Problem(
+        load=np.ones((1, 2), dtype=np.float32), topology=eplb_rs.Topology(1, 1, 2), num_groups=1
+    )
+    with pytest.raises(AssertionError, match="must return phy2log, log2phy and logcnt"):
+        testing.check_policy(lambda *_: [[0, 1]], problem)  # type: ignore[arg-type,return-value]
 
 
 def test_a_policy_that_writes_to_the_load_is_named() -> None:

@@ -1,5 +1,7 @@
 """A planner may be used from many threads at once, whether or not it lets go of the interpreter."""
 
+import os
+import subprocess
 import sys
 import threading
 import time
@@ -233,6 +235,26 @@ def test_a_refused_call_keeps_the_planner_usable_from_all_threads() -> None:
             assert planner.plan(good) == wanted
 
     each(4, work)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked there")
+def test_a_forked_process_plans_the_same() -> None:
+    code = """
+import os, signal, sys
+import eplb_rs
+planner = eplb_rs.Planner(eplb_rs.Topology(2, 4, 9), threads=3)
+load = [[(17 * e + layer) % 23 for e in range(64)] for layer in range(6)]
+plans = [lambda: planner.plan(load), lambda: planner.plan_scenarios([load, load])]
+wanted = [plan() for plan in plans]
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # threads that are not there would be waited for
+    same = [plan() for plan in plans] == wanted
+    del planner, plans
+    os._exit(0 if same else 1)
+sys.exit(os.waitpid(child, 0)[1])
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
 
 
 def test_planners_come_and_go_on_many_threads() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dualpipe.errors import MismatchError, PipelineError, ScheduleError
-from dualpipe.executor.groups import make_group, waiting
+from dualpipe.executor.groups import SET_UP_S, make_group, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,12 +32,14 @@ class Agreement:
 
     def __init__(self, group: dist.ProcessGroup, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._group = make_group(dist.get_process_group_ranks(group), limit_s, "gloo")
+        with waiting(max(limit_s, SET_UP_S)):
+            self._group = make_group(dist.get_process_group_ranks(group), limit_s, "gloo")
         self._last: tuple[dict[str, Any], Any] | None = None
         self._found: list[Any] = []
         self._asked: tuple[dict[str, Any], Any] = ({}, None)
-        self._news = torch.zeros(self._group.size(), 1, dtype=torch.int64)
-        self._answer = torch.zeros(1, dtype=torch.int64)
+        # On the CPU, whatever the caller's default device is: gloo reads them there.
+        self._news = torch.zeros(self._group.size(), 1, dtype=torch.int64, device="cpu")
+        self._answer = torch.zeros(1, dtype=torch.int64, device="cpu")
         self._works: list[tuple[int, dist.Work]] = []
 
     def exchange(self, equal: Mapping[str, Any], own: Any) -> list[Any]:
@@ -124,7 +126,7 @@ class Agreement:
                     argument=value.argument,
                     got=value.got,
                     expected=value.expected,
-                    hint=f"rank {rank} of the group refused the step",
+                    hint=f"{value.hint}{'; ' * bool(value.hint)}rank {rank} of the group refused it",
                 )
 
     def _compare(self, every: list[dict[str, str]]) -> None:

@@ -87,6 +87,8 @@ class StageBackward:
     def __init__(self, *, products: bool = False) -> None:
         self._uses_store: bool | None = None
         self.products = products
+        self.why_whole: str | None = None
+        """Why the backward cannot be split, whatever its graph is; None if it may be."""
         self.added: Callable[[torch.Tensor], None] | None = None
         """Is told of every weight whose gradient a product has added."""
 
@@ -145,6 +147,9 @@ class StageBackward:
             return [None] * len(inputs), WeightPart()
         if self._uses_store:
             return self._with_store(roots, grads, inputs, retain_graph)
+        if self.why_whole is not None:
+            _engine(roots, grads, (), keep=retain_graph)
+            return [_taken(tensor) for tensor in inputs], WeightPart(why=self.why_whole)
         leaves = [tensor for tensor in inputs if tensor.requires_grad]
         edges = [get_gradient_edge(tensor) for tensor in leaves]
         found = cut(roots, edges, products=self.products)
@@ -208,7 +213,7 @@ class _Weights:
     def run(self) -> None:
         # Within a task of the engine, a node that is called computes only the edges that the task
         # wants. This task wants those into branches, reaches none of them, and calls the joints.
-        start = torch.zeros((), requires_grad=True)
+        start = torch.zeros((), device="cpu", requires_grad=True)
         start.register_hook(self._run_joints)  # type: ignore[no-untyped-call]
         edges = dict.fromkeys(edge for joint in self._joints for _, edge, _ in joint.edges)
         wanted: tuple[torch.Tensor | GradientEdge, ...] = (start, *edges)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dualpipe.errors import PipelineError
+from dualpipe.executor.buffers import Buffers
 from dualpipe.executor.transport.base import TensorSpec
 
 if TYPE_CHECKING:
@@ -141,23 +142,24 @@ def dry_forward(
 ) -> Boundary:
     """Runs a stage once to see what it returns.
 
-    Buffers and the state of the random generators are as they were afterwards; forward hooks
-    fire, and what else a module changes in its forward stays changed.
+    Tensors among its arguments, buffers and the state of the random generators are as they were
+    afterwards; forward hooks fire, and what else a module changes in its forward stays changed.
     """
-    buffers = [
-        (owner, name, buffer, buffer.detach().clone())
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
-    ]
+    buffers = Buffers([module])
+    given = [_copy(value) for value in inputs]
+    named = {name: _copy(value) for name, value in kwargs.items()}
     try:
         with torch.random.fork_rng(_generators()), torch.set_grad_enabled(training):
-            return Boundary.of(as_outputs(module(*inputs, **kwargs)))
+            return Boundary.of(as_outputs(module(*given, **named)))
     finally:
-        with torch.no_grad():
-            for owner, name, buffer, content in buffers:
-                buffer.copy_(content)
-                owner._buffers[name] = buffer
+        buffers.restore()
+
+
+def _copy(value: Any) -> Any:
+    """A tensor that a module may write into."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.detach().clone().requires_grad_(value.requires_grad)
 
 
 def _generators() -> list[int]:

@@ -57,7 +57,10 @@ class Copies:
         self._holders = holders
         self._sums = self._make_sums(pairs)
         self._started: set[int] = set()
-        self._reduced: list[tuple[torch.Tensor, weakref.ref[torch.Tensor], int]] = []
+        self._reduced: list[
+            tuple[torch.Tensor, weakref.ref[torch.Tensor], int, list[torch.Tensor]]
+        ] = []
+        """A parameter of those that were summed together, its gradient then, and all of them."""
 
     def _make_sums(self, pairs: Mapping[int, PairSum]) -> dict[int, Sums]:
         """What sums each part: a stage's own parameters, or what it shares with others.
@@ -120,17 +123,21 @@ class Copies:
         Raises:
             PipelineError: ``reduced_twice``.
         """
-        for parameter, grad, version in self._reduced:
+        for parameter, grad, version, together in self._reduced:
             present = parameter.grad
-            if present is not None and present is grad() and present._version == version:
-                raise PipelineError(
-                    code="reduced_twice",
-                    argument="grad",
-                    got="gradients that are summed over the copies already",
-                    expected="None or zero, since they would be summed again",
-                    hint="call zero_grad() between optimizer steps; to accumulate over several "
-                    "steps, pass accumulate=True to all but the last",
-                )
+            if present is None or present is not grad() or present._version != version:
+                continue
+            # Whoever clears gradients by `.data` leaves no trace but zeros.
+            if all(p.grad is None or not p.grad.count_nonzero() for p in together):
+                continue
+            raise PipelineError(
+                code="reduced_twice",
+                argument="grad",
+                got="gradients that are summed over the copies already",
+                expected="None or zero, since they would be summed again",
+                hint="call zero_grad() between optimizer steps; to accumulate over several "
+                "steps, pass accumulate=True to all but the last",
+            )
         self._reduced = []
 
     def last(self, stage: Stage, backward: Callable[[], None]) -> None:
@@ -165,10 +172,11 @@ class Copies:
             if part < 0:
                 self._sums[part].start(part)
         for sums in dict.fromkeys(self._sums.values()):
-            for parameter in sums.finish():
+            together = sums.finish()
+            for parameter in together:
                 if (grad := parameter.grad) is not None:
                     # One of them tells whether somebody has cleared them since.
-                    self._reduced.append((parameter, weakref.ref(grad), grad._version))
+                    self._reduced.append((parameter, weakref.ref(grad), grad._version, together))
                     break
         self._started.clear()
 

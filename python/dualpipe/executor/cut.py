@@ -164,9 +164,8 @@ def cut(
     """
     graph = _Graph(edge.node for edge in outputs)
     for node in graph.custom:
-        if _recomputes_inside(node):
-            why = f"{_name(node)} runs a backward of its own inside"
-            return Cut([], [], [], [], f"{why}; use_reentrant=False can be split", True, True)
+        if (why := _why_whole(node)) is not None:
+            return Cut([], [], [], [], why, True, True)
     custom = bool(graph.custom)
     prompt = []
     path = graph.above(edge.node for edge in inputs)
@@ -283,6 +282,24 @@ def _variable(leaf: Node) -> torch.Tensor:
 
 def _name(node: Node) -> str:
     return type(node).__name__.removesuffix("Backward")
+
+
+def _why_whole(node: Node) -> str | None:
+    """Why a graph with this custom function in it cannot be cut; None if it can."""
+    if _recomputes_inside(node):
+        return f"{_name(node)} runs a backward of its own inside; use_reentrant=False can be split"
+    if _donates(node):
+        return (
+            f"{_name(node)} computes in the memory of what it has saved; compiled under "
+            "torch._functorch.config.donated_buffer = False, it does not"
+        )
+    return None
+
+
+def _donates(node: Node) -> bool:
+    """Whether a compiled function overwrites what it has saved, and so wants its graph freed."""
+    metadata = getattr(getattr(node, "_forward_cls", None), "metadata", None)
+    return bool(getattr(metadata, "bw_donated_idxs", None))
 
 
 def _recomputes_inside(node: Node) -> bool:

@@ -12,12 +12,19 @@ import torch
 
 from dualpipe.errors import MismatchError, PeerLostError, PipelineError, ScheduleError
 from dualpipe.executor.agreement import Agreement
+from dualpipe.executor.arguments import (
+    as_device,
+    check_options,
+    check_schedule,
+    fault_of,
+    one_of,
+)
 from dualpipe.executor.copies import Copies
 from dualpipe.executor.graphs import Graphs
 from dualpipe.executor.groups import given_group
+from dualpipe.executor.parallel import hears_gradients, why_whole
 from dualpipe.executor.places import Places
-from dualpipe.executor.planner import Draft, Planner, Request, check_schedule
-from dualpipe.executor.products import wants_autograd
+from dualpipe.executor.planner import Draft, Planner, Request
 from dualpipe.executor.report import StepReport
 from dualpipe.executor.result import StepResult, result_of
 from dualpipe.executor.runner import Runner
@@ -39,6 +46,8 @@ if TYPE_CHECKING:
     from dualpipe.schedule import Costs, Schedule
 
 __all__ = ["PipelineExecutor"]
+
+_LIMIT_S = 300.0
 
 
 class PipelineExecutor:
@@ -77,8 +86,9 @@ class PipelineExecutor:
         measure: Measure every step, for :meth:`report`; the attribute may be set between steps.
 
     Raises:
-        PipelineError: ``no_group``, ``schedule``, ``limit_s``, ``group_size``, ``ranks``,
-            ``stages``, ``device``, ``gradients``, ``graphs``, ``reduce_copies``, ``transport``.
+        PipelineError: ``no_group``, ``schedule``, ``limit_s``, ``seed``, ``batch_dim``, ``store``,
+            ``group_size``, ``ranks``, ``stages``, ``device``, ``gradients``, ``graphs``,
+            ``reduce_copies``, ``transport``.
     """
 
     def __init__(
@@ -93,8 +103,8 @@ class PipelineExecutor:
         gradients: str = "sum",
         reduce_copies: bool | str = True,
         transport: str | Transport = "auto",
-        device: torch.device | None = None,
-        limit_s: float = 300.0,
+        device: torch.device | str | None = None,
+        limit_s: float = _LIMIT_S,
         store: Store | None = None,
         seed: int | None = None,
         graphs: bool | str = "auto",
@@ -102,33 +112,38 @@ class PipelineExecutor:
         measure: bool = False,
     ) -> None:
         self.group = given_group(group)
-        check_schedule(schedule)
-        if not 0 < limit_s < float("inf"):
-            raise PipelineError(
-                code="limit_s",
-                argument="limit_s",
-                got=repr(limit_s),
-                expected="a number of seconds above 0",
-            )
         self.schedule = schedule
         self.boundaries = boundaries
         self.seed = seed
         self._batch_dim = batch_dim
         store = find_store(store)
-        self._agreement = Agreement(self.group, limit_s)
+
+        def check() -> None:
+            check_schedule(schedule)
+            check_options(limit_s=limit_s, seed=seed, batch_dim=batch_dim, store=store)
+
+        fault = fault_of(check)
+        self._agreement = Agreement(self.group, _LIMIT_S if fault else limit_s)
         kinds = {
             "transport": transport if isinstance(transport, str) else type(transport).__name__,
             "reduce_copies": reduce_copies,
             "store": store is not None,
         }
-        token = self._settle(stages, ranks, device, gradients, graphs, kinds)
+        try:
+            if fault is not None:
+                self.refuse(fault)
+            token = self._settle(stages, ranks, device, gradients, graphs, kinds)
+        except PipelineError:
+            self._agreement.close()
+            raise
         self._agreement.root = self._places.group_ranks[schedule.num_ranks // 2]
         self.rank = self._places.rank
         self.stages = self._places.stages
         if fuse_accumulation is None:
             fuse_accumulation = self.device.type == "cuda"
         for stage in self.stages.values():
-            stage.gradient.products = fuse_accumulation and not wants_autograd(stage.module)
+            stage.gradient.products = fuse_accumulation and not hears_gradients(stage.module)
+            stage.gradient.why_whole = why_whole(stage.module)
         self.transport = make_transport(transport, self.group, self.device, limit_s)
         self._copies: Copies | None = None
         if reduce_copies and schedule.num_copies > 1:
@@ -392,7 +407,7 @@ class PipelineExecutor:
         self,
         stages: Mapping[Any, nn.Module] | Sequence[nn.Module],
         ranks: Sequence[int] | None,
-        device: torch.device | None,
+        device: torch.device | str | None,
         gradients: str,
         graphs: bool | str,
         kinds: Mapping[str, Any],
@@ -400,19 +415,15 @@ class PipelineExecutor:
         """Takes what this rank was given, if no rank refuses; a name that all ranks share."""
         own: Any = uuid.uuid4().hex
         try:
-            self._mean = _one_of("gradients", gradients, ("sum", "mean")) == "mean"
-            _one_of("graphs", graphs, (True, False, "auto"))
-            _one_of("reduce_copies", kinds["reduce_copies"], (True, False, "pairs"))
+            self._mean = one_of("gradients", gradients, ("sum", "mean")) == "mean"
+            one_of("graphs", graphs, (True, False, "auto"))
+            one_of("reduce_copies", kinds["reduce_copies"], (True, False, "pairs"))
             self._places = Places(stages, self.schedule, self.group, ranks)
-            self.device = device or self._places.device
+            self.device = as_device(device) or self._places.device
         except PipelineError as error:
             own = error
         placement = self.schedule.placement.tolist()
-        try:
-            name: str = self._agreement.exchange({"placement": placement, **kinds}, own)[0]
-        except PipelineError:
-            self._agreement.close()
-            raise
+        name: str = self._agreement.exchange({"placement": placement, **kinds}, own)[0]
         return name
 
     def _compare_copies(self) -> None:
@@ -437,14 +448,3 @@ class PipelineExecutor:
             f"rank {self.rank}, stage {index}: no CUDA graphs: {why}"
             for (index, _), why in self.graphs.why.items()
         ]
-
-
-def _one_of(argument: str, value: Any, known: tuple[Any, ...]) -> Any:
-    if value not in known:
-        raise PipelineError(
-            code=argument,
-            argument=argument,
-            got=repr(value),
-            expected=" or ".join(map(str, known)),
-        )
-    return value

@@ -14,9 +14,10 @@ from dualpipe.errors import PeerLostError, PipelineError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["given_group", "make_group", "waiting"]
+__all__ = ["SET_UP_S", "given_group", "make_group", "waiting"]
 
-_SET_UP = timedelta(seconds=60)
+SET_UP_S = 60.0
+"""How far apart the members of a group may come to make it."""
 
 # The place in its source, and advice for those who know no more than it does.
 _GLOO = re.compile(r"^\[\S+\] |\. This is typically .*")
@@ -39,7 +40,7 @@ def make_group(
     with _place_of_its_own(ranks):
         group = dist.new_group(
             list(ranks),
-            timeout=max(limit, _SET_UP),
+            timeout=max(limit, timedelta(seconds=SET_UP_S)),
             backend=backend,
             use_local_synchronization=True,
         )

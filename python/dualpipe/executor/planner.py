@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,18 +13,19 @@ import torch
 from dualpipe.errors import PipelineError
 from dualpipe.executor.boundary import given_boundaries
 from dualpipe.executor.microbatches import signature
+from dualpipe.executor.parallel import syncing
 from dualpipe.executor.plan import Batch, Plan, find_boundaries
-from dualpipe.schedule import Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from dualpipe.executor.agreement import Agreement
     from dualpipe.executor.boundary import Boundary
     from dualpipe.executor.copies import Copies
     from dualpipe.executor.places import Places
+    from dualpipe.schedule import Schedule
 
-__all__ = ["Draft", "Planner", "Request", "check_schedule"]
+__all__ = ["Draft", "Planner", "Request"]
 
 _MAX_PLANS = 64
 """Plans are kept for so many combinations of shapes."""
@@ -104,7 +106,8 @@ class Planner:
                 labels=request.labels,
                 kwargs=request.kwargs,
             )
-            own = signature(request.inputs), signature(request.kwargs)
+            trained = self._places.trained(with_gradients=request.training)
+            own = signature(request.inputs), signature(request.kwargs), trained
             if request.training and self._copies is not None:
                 self._copies.begin()
         except PipelineError as error:
@@ -156,6 +159,13 @@ class Planner:
     def _check(self, request: Request) -> None:
         schedule = request.schedule
         self._check_kwargs(request.kwargs)
+        if not (request.criterion is None or callable(request.criterion)):
+            raise PipelineError(
+                code="criterion",
+                argument="criterion",
+                got=repr(request.criterion),
+                expected="a function of outputs and labels",
+            )
         if schedule is not self._schedule and not np.array_equal(
             schedule.placement, self._schedule.placement
         ):
@@ -175,6 +185,16 @@ class Planner:
                 expected="one with backwards",
                 hint="it is for steps under torch.no_grad()",
             )
+        if schedule.num_micro_batches > 1 and syncing(
+            s.module for s in self._places.stages.values()
+        ):
+            raise PipelineError(
+                code="gradient_sync",
+                argument="stages",
+                got="a DistributedDataParallel that averages gradients in every backward",
+                expected="one that leaves them alone, since several backwards make up a step",
+                hint="run the step inside its no_sync(), and average the gradients after it",
+            )
         if request.criterion is None and self._places.has_last:
             raise PipelineError(
                 code="criterion",
@@ -184,15 +204,31 @@ class Planner:
             )
 
     def _check_kwargs(self, kwargs: Mapping[Any, Any]) -> None:
+        if not isinstance(kwargs, Mapping):
+            raise PipelineError(
+                code="kwargs",
+                argument="kwargs",
+                got=f"a {type(kwargs).__name__}",
+                expected="a mapping from names, or from stages",
+            )
         copies, stages = self._schedule.placement.shape
-        for key in kwargs:
+        for key, value in kwargs.items():
             stage, copy = key if isinstance(key, tuple) and len(key) == 2 else (key, 0)
-            if not isinstance(key, str) and not (stage in range(stages) and copy in range(copies)):
+            if isinstance(key, str):
+                continue
+            if stage not in range(stages) or copy not in range(copies):
                 raise PipelineError(
                     code="kwargs",
                     argument="kwargs",
                     got=f"key {key!r}",
                     expected=f"names, stages from 0 to {stages - 1}, or pairs of stage and copy",
+                )
+            if not isinstance(value, Mapping):
+                raise PipelineError(
+                    code="kwargs",
+                    argument="kwargs",
+                    got=f"a {type(value).__name__} for {key!r}",
+                    expected="a mapping from names for each stage",
                 )
 
     def _make(self, request: Request, batch: Batch) -> Plan:
@@ -230,22 +266,6 @@ class Planner:
             content = hashlib.blake2b(schedule.text().encode(), digest_size=8).hexdigest()
             known = self._digests[id(schedule)] = schedule, f"{schedule!r} {content}"
         return known[1]
-
-
-def check_schedule(schedule: Any) -> None:
-    """Refuses what is no schedule.
-
-    Raises:
-        PipelineError: ``schedule``.
-    """
-    if not isinstance(schedule, Schedule):
-        raise PipelineError(
-            code="schedule",
-            argument="schedule",
-            got=repr(schedule),
-            expected="a Schedule",
-            hint="make one by Schedule.generate(method, num_ranks, num_micro_batches)",
-        )
 
 
 def _autocast(device: torch.device) -> str | None:

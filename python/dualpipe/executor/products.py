@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch.autograd.graph import Node
 
-__all__ = ["Product", "product_at", "wants_autograd"]
+__all__ = ["Product", "product_at"]
 
 _MIN_BYTES = 1 << 20
 """Smaller weights gain nothing."""
@@ -100,12 +100,6 @@ def product_at(
 
 
 def _held_by_hooks() -> None: ...
-
-
-def wants_autograd(module: torch.nn.Module) -> bool:
-    """Whether a module hears of its gradients by hooks that only autograd calls, unseen from here."""
-    parallel = torch.nn.parallel.DistributedDataParallel
-    return any(isinstance(part, parallel) for part in module.modules())
 
 
 def _is_plain(weight: torch.Tensor) -> bool:

@@ -226,7 +226,7 @@ class _Bundle:
             self._copied.append((flat, grads))
             packed.append(flat)
         device = self._parameters[0].device
-        here = torch.ones(len(self._parameters), dtype=torch.int32)
+        here = torch.ones(len(self._parameters), dtype=torch.int32, device="cpu")
         for at, parameter in enumerate(self._parameters):
             if parameter in self._noted:
                 here[at] = 0

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dualpipe.choice import Layers
+from dualpipe.choice import Layers, Machine
 from dualpipe.draw import trace_slice
 from dualpipe.errors import PipelineError
 from dualpipe.executor.timeline import Span, plain_kind
@@ -185,14 +185,36 @@ class StepReport:
             **sizes,
         )
 
+    def machine(self, **options: Any) -> Machine:
+        """The measured links and overlapped pairs as :func:`dualpipe.search` takes them.
+
+        Links that no message was waited for on are taken to be as fast as the others' median.
+
+        Args:
+            options: Other fields of :class:`dualpipe.Machine`, or the same to replace them.
+        """
+        costs = self.costs
+        latency = np.array(costs.latency)
+        if (latency > 0).any():
+            latency[latency == 0] = np.median(latency[latency > 0])
+        measured: dict[str, Any] = {"latency": latency, "pairs": self._pairs}
+        if costs.pair is not None and costs.backward is not None:
+            stages = sorted({span.instruction.stage for span in self._all() if span.pair})
+            apart = np.add(costs.forward, costs.backward)[stages].sum()
+            if apart > 0:
+                measured["overlap_factor"] = float(np.asarray(costs.pair)[stages].sum() / apart)
+        return Machine(**measured | options)
+
+    @property
+    def _pairs(self) -> Literal["atomic", "early_forward"]:
+        """When a pair has handed out F's result: early, unless a hook has run it."""
+        return "atomic" if any(span.pair for span in self._all()) else "early_forward"
+
     @cached_property
     def predicted(self) -> Timeline:
-        """The timeline that the costs give. F's result leaves a pair early unless a hook runs it."""
-        hooked = any(span.pair for span in self._all())
-        return self.schedule.simulate(
-            self.costs if self.given is None else self.given,
-            pairs="atomic" if hooked else "early_forward",
-        )
+        """The timeline that the costs give."""
+        costs = self.costs if self.given is None else self.given
+        return self.schedule.simulate(costs, pairs=self._pairs)
 
     def __str__(self) -> str:
         predicted = self._predicted_busy()

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dualpipe.executor.buffers import Buffers
 from dualpipe.executor.pair import Streams, has_hook
 from dualpipe.executor.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import nn
 
     from dualpipe.executor.copies import Copies
     from dualpipe.executor.graphs import Graphs
@@ -64,15 +67,13 @@ class Runner:
         """The plan that the transport is ready for: that of the last step."""
         self._num_runs = 0
         """How many steps of it have been run."""
-        first = [stage.module for stage in places.stages.values() if stage.is_first]
-        self._enters = bool(first)
-        """Whether micro-batches enter here."""
-        self._buffers = [buffer for module in first for buffer in module.buffers()]
-        self._seen: list[torch.Tensor] = []
-        """Their contents before the last of the steps that warm up."""
-        self._changing: list[torch.Tensor] = []
+        self._entrances = [s.module for s in places.stages.values() if s.is_first]
+        """Where micro-batches enter."""
+        self._seen: Buffers | None = None
+        """Their buffers before the last of the steps that warm up."""
+        self._changing: set[tuple[nn.Module, str]] = set()
         """Those that steps change."""
-        self._before: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
+        self._before: tuple[list[torch.Tensor], Buffers] | None = None
         """The random generators and changing buffers before a lead."""
         self.stream: Stream | None = None
         """What is being run."""
@@ -81,13 +82,11 @@ class Runner:
         """Whether a step may be started before the ranks have agreed on it."""
         ready = plan is self._prepared and self._num_runs >= _STEADY
         # On GPUs nobody has seen yet that captured graphs bear it.
-        if not ready or not self._enters or self._device.type != "cpu":
+        if not ready or not self._entrances or self._device.type != "cpu":
             return False
-        if self._seen:
-            # By their contents, since batch norms do not count what they write.
-            pairs = zip(self._buffers, self._seen, strict=True)
-            self._changing = [buffer for buffer, seen in pairs if not torch.equal(buffer, seen)]
-            self._seen = []
+        if self._seen is not None:
+            self._changing = self._seen.changed()
+            self._seen = None
         return True
 
     def start(self, plan: Plan, batch: Batch, settings: Settings, *, reducing: bool) -> None:
@@ -107,8 +106,8 @@ class Runner:
     def lead(self, settings: Settings) -> None:
         """Runs what comes before the first transfer."""
         assert self.stream is not None
-        buffers = [buffer.clone() for buffer in self._changing]
-        self._before = ([] if settings.seed else _generators(self._device)), buffers
+        generators = [] if settings.seed else _generators(self._device)
+        self._before = generators, Buffers(self._entrances, self._changing)
         with _on(self._device):
             self.stream.run_lead()
 
@@ -118,9 +117,7 @@ class Runner:
             generators, buffers = self._before
             if generators:
                 _restore(generators, self._device)
-            with torch.no_grad():
-                for buffer, content in zip(self._changing, buffers, strict=True):
-                    buffer.copy_(content)
+            buffers.restore()
         self.end()
 
     def run(self, plan: Plan, settings: Settings) -> None:
@@ -132,7 +129,7 @@ class Runner:
             self._transport.prepare(self.stream.envelopes(training=settings.training))
             self._prepared = plan
         if self._num_runs == _STEADY - 1:
-            self._seen = [buffer.clone() for buffer in self._buffers]
+            self._seen = Buffers(self._entrances)
         with _on(self._device):
             self.stream.run()
         self._num_runs += 1

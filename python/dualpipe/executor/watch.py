@@ -117,7 +117,8 @@ class Watch:
         if isinstance(error, PeerLostError):
             note = _Note(doing.instruction, doing.peer, error.code, "")
         else:
-            text = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+            text = ": ".join(filter(None, [type(error).__name__, str(error)]))
+            text = text.partition("\n")[0][:300]
             note = _Note(doing.instruction, None, "failed", text)
         self._leave(note, again=True)
 

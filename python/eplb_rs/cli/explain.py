@@ -24,7 +24,7 @@ examples:
       which constraint binds in which layer, and what would help
   eplb explain plan.json --json
 
-exit codes: 0; 2 for input that was refused; 130 if interrupted
+exit codes: 0; 1 output not written; 2 input refused; 130 interrupted
 """
 
 

@@ -39,7 +39,7 @@ files of loads:
   .json         SGLang's recorder (logical_count), the EPLB benchmark (load_history)
   .pt           SGLang's recorder, or a tensor (needs torch)
 
-exit codes: 0; 2 for input that was refused; 130 if interrupted
+exit codes: 0; 1 output not written; 2 input refused; 130 interrupted
 """
 
 

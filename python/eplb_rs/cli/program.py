@@ -58,29 +58,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    name = "eplb"
     try:
         arguments = _parser().parse_args(argv)
+        name = f"eplb {arguments.command}"
         with warnings.catch_warnings(action="ignore"):  # torch's, about how a file was pickled
             code = int(arguments.run(arguments))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except PlanError as error:
         message = printable(_in_options(str(error), arguments.source))
-        print_text(f"eplb {arguments.command}: error: {message}\n", sys.stderr)
+        print_text(f"{name}: error: {message}\n", sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
+    except OSError as error:  # files are dealt with where they are: this is the output's
         # What is still buffered would fail again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print_text(f"{name}: error: output: {error.strerror}\n", sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="eplb",
         description="Plans where the experts of a mixture-of-experts model live.",
-        epilog="eplb plan --help, eplb show --help and eplb explain --help give examples.",
+        epilog="eplb COMMAND --help gives examples.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"eplb {_core.__version__}")

@@ -26,7 +26,7 @@ examples:
       what each rank holds and carries in one layer
   eplb show plan.json --plot plan.svg
 
-exit codes: 0; 2 for input that was refused; 130 if interrupted
+exit codes: 0; 1 output not written; 2 input refused; 130 interrupted
 """
 
 

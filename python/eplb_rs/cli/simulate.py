@@ -53,7 +53,7 @@ shares, how an expert's tokens are split over its replicas:
 estimators, what the next window is taken to be:
   last, average:N, mean, exponential:N, trend:N, shrinkage, backtest
 
-exit codes: 0; 2 for input that was refused; 130 if interrupted
+exit codes: 0; 1 output not written; 2 input refused; 130 interrupted
 """
 
 
@@ -167,7 +167,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     links = _links(arguments)
     trace = read_loads(arguments.trace, windows=arguments.windows, key=arguments.key)
     topology, assumed = topology_of(arguments, trace.loads.shape[2])
-    shown = arguments.progress or sys.stderr.isatty()
+    shown = arguments.progress or (sys.stderr is not None and sys.stderr.isatty())
     with Progress("replaying", shown) as progress:
         simulation = simulate(
             trace,

@@ -39,9 +39,9 @@ def check_outputs(source: str, outputs: dict[str, str | None]) -> None:
             )
 
 
-def style(stream: TextIO) -> Style:
+def style(stream: TextIO | None) -> Style:
     """What the reader's terminal can show."""
-    terminal = stream.isatty()
+    terminal = stream is not None and stream.isatty()
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     width = shutil.get_terminal_size((80, 24)).columns if terminal else 80
     return Style(
@@ -51,16 +51,19 @@ def style(stream: TextIO) -> Style:
     )
 
 
-def _can_print(text: str, stream: TextIO) -> bool:
+def _can_print(text: str, stream: TextIO | None) -> bool:
     try:
-        text.encode(stream.encoding or "ascii")
+        text.encode((stream and stream.encoding) or "ascii")
     except (LookupError, UnicodeEncodeError):
         return False
     return True
 
 
-def print_text(text: str, stream: TextIO) -> None:
-    """Writes text; what the stream's encoding lacks (in the names of files, say) is escaped."""
+def print_text(text: str, stream: TextIO | None) -> None:
+    """Writes text; what the stream's encoding lacks (in the names of files, say) is escaped. A
+    stream that was closed before the program began is ``None``, and takes nothing."""
+    if stream is None:
+        return
     encoding = stream.encoding or "ascii"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
 

@@ -64,11 +64,12 @@ def rows_by_layer(plan: Plan) -> dict[int, list[int]]:
         InvalidInputError: ``inconsistent`` for a plan with slots that hold nothing: engines start
             on whole ranks.
     """
-    if plan.topology.dead:
+    if (plan.phy2log < 0).any():
+        dead = plan.topology.dead
         raise InvalidInputError(
             code="inconsistent",
             argument="plan",
-            got=f"a plan in which ranks {plan.topology.dead} are dead",
+            got=f"a plan in which ranks {dead} are dead" if dead else "a plan with empty slots",
             expected="one in which every slot holds an expert",
             hint="plan for the ranks that the engine is to start on",
         )

@@ -127,8 +127,10 @@ class EnginePlanner:
         self, load: npt.NDArray[np.float32], replicas: int, groups: int, nodes: int, ranks: int
     ) -> Planner:
         """The one for a size of engine, kept for its memory."""
-        divide = groups % nodes == 0 and load.shape[-1] % groups == 0
-        sizes = (replicas, groups if divide else 1, nodes if ranks % nodes == 0 else 1, ranks)
+        count = groups % nodes == 0 and load.shape[-1] % groups == 0
+        if self.settings.policy == "deepseek" and self.settings.group_rule == "free":
+            count = False  # the reference knows no such rule: without groups it has none to keep
+        sizes = (replicas, groups if count else 1, nodes if ranks % nodes == 0 else 1, ranks)
         if sizes not in self._planners:
             topology = _core.Topology.from_totals(
                 num_replicas=sizes[0], num_nodes=sizes[2], num_gpus=sizes[3]

@@ -27,6 +27,9 @@ VARIABLES = (
 )
 """What the environment may hold. Others that begin like these are refused: they are misspelt."""
 
+_MOST_ITERATIONS = 2**31
+_MOST_ENTRIES = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -52,7 +55,8 @@ class EngineSettings:
 
         Raises:
             InvalidInputError: ``unknown`` for a variable that there is not, or for the value of
-                one; ``out_of_range`` for a number.
+                one; ``out_of_range`` for a number; ``inconsistent`` for one that the policy does
+                not look at.
         """
         given = os.environ if environment is None else environment
         named = sorted(name for name in given if name.startswith("EPLB_RS_"))
@@ -65,17 +69,25 @@ class EngineSettings:
             _one_of("environment", name, VARIABLES)
         policy: PolicyName = _one_of("EPLB_RS_POLICY", chosen, ("balanced", "deepseek"))
         rule: GroupRule = _one_of(
-            "EPLB_RS_GROUP_RULE", given.get("EPLB_RS_GROUP_RULE", "strict"), ("strict", "free")
+            "EPLB_RS_GROUP_RULE", given.get("EPLB_RS_GROUP_RULE") or "strict", ("strict", "free")
         )
+        for name in ("EPLB_RS_MAX_MOVES", "EPLB_RS_ITERATIONS"):
+            if policy == "deepseek" and given.get(name):
+                raise InvalidInputError(
+                    code="inconsistent",
+                    argument=name,
+                    got=repr(given[name]),
+                    expected="left out where EPLB_RS_POLICY is deepseek, which does not look at it",
+                )
         moves = _number(given, "EPLB_RS_MAX_MOVES", "0 to 1", lambda n: 0 <= n <= 1)
-        steps = _number(given, "EPLB_RS_ITERATIONS", "a whole number above 0", _is_count)
-        width = _number(given, "EPLB_RS_SHARES", "a whole number above 0", _is_count)
+        steps = _count(given, "EPLB_RS_ITERATIONS", _MOST_ITERATIONS)
+        width = _count(given, "EPLB_RS_SHARES", _MOST_ENTRIES)
         return cls(
             policy=policy,
             max_moves=moves,
             group_rule=rule,
-            iterations=None if steps is None else int(steps),
-            share_width=None if width is None else int(width),
+            iterations=steps,
+            share_width=width,
         )
 
 
@@ -87,8 +99,12 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> Any:
     return value
 
 
-def _is_count(number: float) -> bool:
-    return number >= 1 and number == int(number)
+def _count(given: Mapping[str, str], name: str, most: int) -> int | None:
+    def fits(number: float) -> bool:
+        return 1 <= number <= most and number == int(number)
+
+    number = _number(given, name, f"a whole number from 1 to {most}", fits)
+    return None if number is None else int(number)
 
 
 def _number(

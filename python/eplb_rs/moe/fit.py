@@ -7,16 +7,13 @@ logical experts.
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.plan import Plan
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["can_fuse", "check_fused", "check_plan", "check_routed", "check_weights"]
 
@@ -28,10 +25,18 @@ def check_weights(weights: Mapping[str, Tensor], num_slots: int) -> tuple[Tensor
     """The two tensors of a gated feed-forward, `[S, 2I, H]` and `[S, H, I]`.
 
     Raises:
-        InvalidInputError: ``unknown`` for other tensors than these, ``wrong_dtype`` for what is
-            not computed with, ``wrong_shape`` for what does not fit together or the plan,
-            ``inconsistent`` for tensors on two devices.
+        InvalidInputError: ``wrong_type`` for what holds no tensors by name, ``unknown`` for other
+            tensors than these, ``wrong_dtype`` for what is not computed with, ``wrong_shape`` for
+            what does not fit together or the plan, ``inconsistent`` for tensors on two devices.
     """
+    if not isinstance(weights, Mapping):
+        raise InvalidInputError(
+            code="wrong_type",
+            argument="weights",
+            got=type(weights).__name__,
+            expected="the tensors of one layer by name",
+            hint="`weights[layer]` of ExpertWeights",
+        )
     if set(weights) != set(_FIELDS):
         raise InvalidInputError(
             code="unknown",

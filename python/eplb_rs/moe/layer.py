@@ -64,6 +64,9 @@ class TopKRouter(nn.Module):
         top_k: K.
         device: Where its weight lives.
         dtype: Of its weight.
+
+    Raises:
+        InvalidInputError: ``not_integer``, ``not_positive`` or ``out_of_range`` for K.
     """
 
     def __init__(
@@ -76,7 +79,8 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 1 <= top_k <= num_experts:
+        top_k = as_count(top_k, "top_k")
+        if top_k > num_experts:
             raise InvalidInputError(
                 code="out_of_range",
                 argument="top_k",
@@ -123,7 +127,8 @@ class ExpertParallelMoE(nn.Module):
             as slots allow. 16 places of a routing row are kept at least.
 
     Raises:
-        InvalidInputError: ``wrong_shape`` for weights or a group that do not fit the plan;
+        InvalidInputError: ``wrong_type`` for what is no layer's weights or no plan;
+            ``wrong_shape`` for weights or a group that do not fit the plan;
             ``unknown`` for further tensors, scales say, or an activation; ``wrong_dtype`` or
             ``inconsistent`` for weights, or kernels that are not for them; ``out_of_range`` for a layer; ``not_positive`` or
             ``not_integer`` for a count; as :func:`~eplb_rs.moe.routing.routing_rows` for the

@@ -6,7 +6,7 @@ replicas of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -181,6 +181,7 @@ def check_no_duplicates(phy2log: Any, *, num_gpus: int) -> None:
 
     Args:
         phy2log: `[L, R]` integers, the expert in each slot; rank `d` owns slots `d R/D` onwards.
+            Slots that hold nothing (-1) count for nothing.
         num_gpus: D.
 
     Raises:
@@ -209,7 +210,7 @@ def check_no_duplicates(phy2log: Any, *, num_gpus: int) -> None:
             f"expert {held[at]}"
         )
 
-    _forbid(held[..., 1:] == held[..., :-1], message)
+    _forbid((held[..., 1:] == held[..., :-1]) & (held[..., 1:] >= 0), message)
 
 
 def check_rank_load(rank_load: Any, phy2log: Any, load: Any, *, rtol: float = 1e-9) -> None:
@@ -230,11 +231,14 @@ def check_rank_load(rank_load: Any, phy2log: Any, load: Any, *, rtol: float = 1e
         ...
     AssertionError: rank_load: layer 0, rank 1 carries 7.0, not 8.0
     """
-    tokens = np.asarray(_plain(load), dtype=np.float64)
-    told = np.asarray(_plain(rank_load), dtype=np.float64)
+    tokens, told = _array(load, "load", 2), _array(rank_load, "rank_load", 2)
     slots = _integers(phy2log, "phy2log", 2)
+    _expect_shape("load", tokens, (len(slots), tokens.shape[1]))
     check_placement(slots, num_experts=tokens.shape[1])
     num_gpus = told.shape[1]
+    _expect_shape("rank_load", told, (len(slots), num_gpus))
+    if slots.shape[1] % num_gpus:
+        raise AssertionError(f"{slots.shape[1]} slots do not divide over {num_gpus} ranks")
     rank_of_slot = np.repeat(np.arange(num_gpus), slots.shape[1] // num_gpus)
     _check_carried(told, slots, tokens, rank_of_slot, rtol)
 
@@ -355,9 +359,11 @@ def check_policy(
     """
     topology, load = problem.topology, problem.load
     given = load.copy()
-    answer = rebalance(given, *problem.arguments)
+    answer: Sequence[Any] = rebalance(given, *problem.arguments)
     if given.tobytes() != load.tobytes():
         raise AssertionError("the policy changed the load that it was given")
+    if len(answer) != 3:
+        raise AssertionError("the policy must return phy2log, log2phy and logcnt")
     phy2log, log2phy, logcnt = (np.asarray(_plain(part)) for part in answer)
     _expect_shape("phy2log", phy2log, (len(load), topology.num_slots))
     check_placement(phy2log, log2phy, logcnt, num_experts=problem.num_experts)
@@ -389,12 +395,22 @@ def _plain(values: Any) -> Any:
 
 
 def _integers(values: Any, name: str, ndim: int) -> npt.NDArray[np.int64]:
-    array = np.asarray(_plain(values))
+    array = _array(values, name, ndim)
     if array.dtype.kind not in "iu":
         raise AssertionError(f"{name}: dtype {array.dtype}, not integers")
+    return array.astype(np.int64)
+
+
+def _array(values: Any, name: str, ndim: int) -> npt.NDArray[Any]:
+    try:
+        array = np.asarray(_plain(values))
+    except ValueError as error:  # rows of different length
+        raise AssertionError(f"{name}: {error}") from None
     if array.ndim != ndim or array.size == 0:
         raise AssertionError(f"{name}: shape {array.shape}, not {ndim} dimensions with something")
-    return array.astype(np.int64)
+    if array.dtype.kind not in "iuf":
+        raise AssertionError(f"{name}: dtype {array.dtype}, not numbers")
+    return array
 
 
 def _expect_shape(name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:

@@ -217,13 +217,20 @@ def plans(draw: st.DrawFn, *, max_layers: int = 4) -> Plan:
     >>> test_plans_come_back()
     """
     problem = draw(problems(max_layers=max_layers))
-    names: list[PolicyName | None] = ["deepseek", "trivial", None]
+    names: list[PolicyName | None] = ["balanced", "deepseek", "trivial", None]
     policy = draw(st.sampled_from(names))
-    ids = st.integers(0, 999)
     num_layers = len(problem.load)
-    layer_ids = draw(st.none() | st.lists(ids, min_size=num_layers, max_size=num_layers))
+    some = st.lists(st.integers(0, 999), min_size=num_layers, max_size=num_layers, unique=True)
+    layer_ids = draw(st.none() | some)
     if policy is not None:
-        planner = Planner(problem.topology, problem.num_groups, policy)
+        planner = Planner(
+            problem.topology,
+            problem.num_groups,
+            policy,
+            # Groups that do not divide over nodes may fit on none.
+            group_rule="strict" if problem.is_hierarchical else "free",
+            iterations=30,
+        )
         return planner.plan(problem.load, layer_ids=layer_ids)
     phy2log = draw(
         placements(problem.topology, num_experts=problem.num_experts, num_layers=num_layers)

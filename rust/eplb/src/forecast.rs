@@ -19,6 +19,9 @@ pub use shift::total_variation;
 /// The most windows that an estimator looks back on.
 pub const MAX_WINDOWS: usize = 1024;
 
+/// The most values of four bytes that a forecaster keeps.
+const MAX_VALUES: usize = 1 << 31;
+
 /// By how much a window must be farther from the mean of those before it than is usual, for the
 /// domain to have shifted; see [`Forecaster::new`].
 pub const SHIFT_THRESHOLD: f64 = 0.15;
@@ -179,8 +182,7 @@ impl Forecaster {
         };
         let depth = listed.iter().filter_map(|one| one.windows()).max();
         let depth = depth.unwrap_or(1);
-        // Half the address space for the windows, and about as much for the rest.
-        let most = usize::MAX / 64 / (depth + 2 * listed.len() + 4);
+        let most = MAX_VALUES / (depth + 2 * listed.len() + 4);
         if num_layers
             .checked_mul(num_experts)
             .is_none_or(|size| size > most)
@@ -189,8 +191,8 @@ impl Forecaster {
                 Code::TooLarge,
                 "num_layers",
                 num_layers,
-                format!("few enough for windows of {num_experts} experts to fit in memory"),
-                "",
+                format!("few enough for {depth} windows of {num_experts} experts to fit in 8 GiB"),
+                "fewer layers at a time, or an estimator that looks back on fewer windows",
             ));
         }
         let size = num_layers * num_experts;

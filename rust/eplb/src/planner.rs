@@ -36,6 +36,8 @@ pub struct Planner {
     crossing_cost: f64,
     num_threads: usize,
     threads: Option<ThreadPool>,
+    /// The process whose threads these are.
+    process: u32,
     /// Scratch of calls that have ended, for those to come.
     idle: Mutex<Vec<Scratch>>,
 }
@@ -70,7 +72,7 @@ impl Planner {
                 "threads",
                 num_threads,
                 format!("at most {MAX_THREADS}"),
-                "one thread plans 58 layers in a fraction of a millisecond",
+                "one thread plans a whole model in milliseconds",
             ));
         }
         let threads = match num_threads {
@@ -100,6 +102,7 @@ impl Planner {
             crossing_cost: 1.0,
             num_threads,
             threads,
+            process: std::process::id(),
             idle: Mutex::default(),
         })
     }
@@ -128,9 +131,11 @@ impl Planner {
         self.num_threads
     }
 
-    /// The threads it owns, if it computes on more than the caller's.
+    /// The threads it owns, if it computes on more than the caller's. A process that was forked
+    /// has none of them, and would wait for ever.
     pub(crate) fn pool(&self) -> Option<&ThreadPool> {
-        self.threads.as_ref()
+        let threads = self.threads.as_ref();
+        threads.filter(|_| self.process == std::process::id())
     }
 
     /// The same planner with a budget for the search of [`Policy::Balanced`].
@@ -325,7 +330,7 @@ impl Planner {
     ) {
         scratch.resize_with(self.num_threads, S::default);
         let per_thread = load.num_layers().div_ceil(self.num_threads);
-        match &self.threads {
+        match self.pool() {
             None => plan(load.values(), replicas, &mut scratch[0]),
             Some(threads) => threads.install(|| {
                 let loads = load.values().par_chunks(per_thread * load.num_experts());

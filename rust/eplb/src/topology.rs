@@ -109,7 +109,10 @@ impl Topology {
             return Err(Error::invalid(
                 Code::TooLarge,
                 "slots",
-                format!("{slots:?}"),
+                total.map_or_else(
+                    || "too many to count".into(),
+                    |total| format!("{total} in all"),
+                ),
                 format!("at most {MAX_SLOTS} in all"),
                 "",
             ));
@@ -139,12 +142,16 @@ impl Topology {
         self.check_one_each("speeds", speeds.len())?;
         let least = speeds.iter().copied().fold(f64::INFINITY, f64::min);
         let most = speeds.iter().copied().fold(0.0, f64::max);
-        let sound = speeds.iter().all(|speed| speed.is_finite() && *speed > 0.0);
-        if !sound || most > least * MAX_SPEED_RATIO {
+        let unsound = |speed: &f64| !speed.is_finite() || *speed <= 0.0;
+        let got = match speeds.iter().position(unsound) {
+            Some(gpu) => Some(format!("{:e} for GPU {gpu}", speeds[gpu])),
+            None => (most > least * MAX_SPEED_RATIO).then(|| format!("{least:e} to {most:e}")),
+        };
+        if let Some(got) = got {
             return Err(Error::invalid(
                 Code::OutOfRange,
                 "speeds",
-                format!("{speeds:?}"),
+                got,
                 format!(
                     "finite, above 0, the largest at most {MAX_SPEED_RATIO} times the smallest"
                 ),

@@ -1,6 +1,7 @@
 //! Python's numbers and arrays as the planner crates take them.
 
 use eplb::Load;
+use eplb::topology::MAX_SLOTS;
 use numpy::{
     PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyUntypedArrayMethods,
 };
@@ -9,34 +10,79 @@ use pyo3::types::PyBool;
 
 use crate::errors::{invalid_input, plan_error};
 
-/// A count: anything with `__index__` but a bool, that is not negative.
+/// A count: anything with `__index__` but a bool, that is not negative. That it is not zero
+/// either is for the planner to say.
 pub(crate) fn count(value: &Bound<'_, PyAny>, argument: &'static str) -> PyResult<usize> {
-    let py = value.py();
-    let refuse = |code, hint| {
+    whole(value, argument, 1)
+}
+
+/// The number of something that is counted from 0, likewise.
+pub(crate) fn index(value: &Bound<'_, PyAny>, argument: &'static str) -> PyResult<usize> {
+    whole(value, argument, 0)
+}
+
+fn whole(value: &Bound<'_, PyAny>, argument: &'static str, least: usize) -> PyResult<usize> {
+    let refuse = |code| {
         let got = value
             .repr()
             .map_or_else(|_| "?".into(), |repr| repr.to_string());
-        invalid_input(
-            py,
-            code,
-            argument,
-            &got,
-            "a whole number of at least 1",
-            hint,
-        )
+        let expected = match code {
+            "too_large" => "a whole number of 64 bits".into(),
+            _ => format!("a whole number of at least {least}"),
+        };
+        invalid_input(value.py(), code, argument, &got, &expected, "")
     };
     if value.is_instance_of::<PyBool>() {
-        return Err(refuse("not_integer", ""));
+        return Err(refuse("not_integer"));
     }
     if let Ok(count) = value.extract::<usize>() {
         return Ok(count);
     }
     // A number that does not fit, or no whole number at all.
     match value.call_method0("__index__") {
-        Err(_) => Err(refuse("not_integer", "")),
-        Ok(index) if index.lt(0)? => Err(refuse("not_positive", "")),
-        Ok(_) => Err(refuse("too_large", "")),
+        Err(_) => Err(refuse("not_integer")),
+        Ok(index) if index.lt(0)? => Err(refuse(["negative", "not_positive"][least])),
+        Ok(_) => Err(refuse("too_large")),
     }
+}
+
+/// What a list of any kind holds, one by one, where there is none for more GPUs than can be.
+pub(crate) fn listed<'py, T>(
+    values: &Bound<'py, PyAny>,
+    argument: &'static str,
+    expected: &str,
+    one: impl Fn(&Bound<'py, PyAny>) -> PyResult<T>,
+) -> PyResult<Vec<T>> {
+    let py = values.py();
+    let Ok(items) = values.try_iter() else {
+        let got = values.get_type().name()?.to_string();
+        return Err(invalid_input(
+            py,
+            "wrong_type",
+            argument,
+            &got,
+            expected,
+            "",
+        ));
+    };
+    let items = items.take(MAX_SLOTS + 1);
+    items.map(|item| one(&item?)).collect()
+}
+
+/// A number.
+pub(crate) fn number(value: &Bound<'_, PyAny>, argument: &'static str) -> PyResult<f64> {
+    let py = value.py();
+    value.extract::<f64>().or_else(|_| {
+        let got = value.get_type().name()?.to_string();
+        Err(invalid_input(
+            py,
+            "wrong_type",
+            argument,
+            &got,
+            "numbers alone",
+            "",
+        ))
+    })
 }
 
 /// A load that `eplb_rs` has made a C-contiguous `float32` array.

@@ -7,7 +7,7 @@ use numpy::ndarray::{Ix1, Ix2};
 use numpy::{Element, PyArray1, PyArray2, PyArray3, PyArrayMethods};
 use pyo3::prelude::*;
 
-use crate::arguments::{LoadArray, count};
+use crate::arguments::{LoadArray, count, index};
 use crate::buffers::{readable, values, values_mut, writable};
 use crate::errors::plan_error;
 use crate::placement::Placement;
@@ -205,7 +205,7 @@ impl Splitter {
         split: impl FnOnce(&mut eplb::Splitter, usize, &[T], &mut [U]) -> eplb::Result<R>,
     ) -> PyResult<R> {
         let py = array.py();
-        let layer = count(layer, "layer")?;
+        let layer = index(layer, "layer")?;
         let array = readable(array, argument)?;
         let mut out = writable::<U, Ix1>(out, "out", &[self.num_slots])?;
         let out = values_mut(py, &mut out, "out")?;

@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arguments::count;
+use crate::arguments::{count, index, listed, number};
 use crate::errors::plan_error;
 
 /// The machines: nodes, the GPUs in them, and the expert slots on each GPU.
@@ -14,7 +14,9 @@ use crate::errors::plan_error;
 /// rank.
 ///
 /// Raises:
-///     InvalidInputError: ``not_positive``, ``not_integer`` or ``too_large`` for a count.
+///     InvalidInputError: ``not_positive``, ``not_integer`` or ``too_large`` for a count; for
+///         ``slots``, ``speeds`` and ``dead`` as :meth:`with_slots`, :meth:`with_speeds` and
+///         :meth:`with_dead`.
 #[pyclass(frozen, eq, module = "eplb_rs")]
 #[derive(PartialEq, Eq, Hash)]
 pub(crate) struct Topology(pub(crate) eplb::Topology);
@@ -28,25 +30,26 @@ impl Topology {
         num_nodes: &Bound<'_, PyAny>,
         gpus_per_node: &Bound<'_, PyAny>,
         slots_per_gpu: &Bound<'_, PyAny>,
-        slots: Option<Vec<usize>>,
-        speeds: Option<Vec<f64>>,
-        dead: Option<Vec<usize>>,
+        slots: Option<&Bound<'_, PyAny>>,
+        speeds: Option<&Bound<'_, PyAny>>,
+        dead: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
-        let mut topology = eplb::Topology::new(
+        let topology = eplb::Topology::new(
             count(num_nodes, "num_nodes")?,
             count(gpus_per_node, "gpus_per_node")?,
             count(slots_per_gpu, "slots_per_gpu")?,
         );
+        let mut topology = topology.map(Self).map_err(|error| plan_error(py, &error))?;
         if let Some(slots) = slots {
-            topology = topology.and_then(|topology| topology.with_slots(&slots));
+            topology = topology.with_slots(py, slots)?;
         }
         if let Some(speeds) = speeds {
-            topology = topology.and_then(|topology| topology.with_speeds(&speeds));
+            topology = topology.with_speeds(py, speeds)?;
         }
         if let Some(dead) = dead {
-            topology = topology.and_then(|topology| topology.with_dead(&dead));
+            topology = topology.with_dead(py, dead)?;
         }
-        topology.map(Self).map_err(|error| plan_error(py, &error))
+        Ok(topology)
     }
 
     /// The topology with these totals, as :func:`eplb_rs.rebalance_experts` takes them.
@@ -74,8 +77,11 @@ impl Topology {
     ///
     /// Raises:
     ///     InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
-    ///         ``not_positive`` or ``too_large`` for a number.
-    fn with_slots(&self, py: Python<'_>, slots: Vec<usize>) -> PyResult<Self> {
+    ///         ``not_integer``, ``not_positive`` or ``too_large`` for a number, ``wrong_type`` for
+    ///         what is no list.
+    fn with_slots(&self, py: Python<'_>, slots: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let expected = "a whole number for each GPU";
+        let slots = listed(slots, "slots", expected, |one| count(one, "slots"))?;
         let topology = self.0.with_slots(&slots);
         topology.map(Self).map_err(|error| plan_error(py, &error))
     }
@@ -86,19 +92,24 @@ impl Topology {
     /// Raises:
     ///     InvalidInputError: ``wrong_shape`` unless there is one number for each GPU,
     ///         ``out_of_range`` for one that is not above zero, or if one is more than 1,000 times
-    ///         another.
-    fn with_speeds(&self, py: Python<'_>, speeds: Vec<f64>) -> PyResult<Self> {
+    ///         another; ``wrong_type`` for what is no list of numbers.
+    fn with_speeds(&self, py: Python<'_>, speeds: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let expected = "a number for each GPU";
+        let speeds = listed(speeds, "speeds", expected, |one| number(one, "speeds"))?;
         let topology = self.0.with_speeds(&speeds);
         topology.map(Self).map_err(|error| plan_error(py, &error))
     }
 
     /// The same machines when these GPUs, and no others, are dead. Their slots keep their numbers
-    /// and hold -1.
+    /// and hold -1. If more have died, ``topology.with_dead([*topology.dead, 7])``.
     ///
     /// Raises:
     ///     InvalidInputError: ``out_of_range`` for a GPU that does not exist, ``too_small`` if none
-    ///         is left.
-    fn with_dead(&self, py: Python<'_>, dead: Vec<usize>) -> PyResult<Self> {
+    ///         is left; ``not_integer`` or ``negative`` for what is no number of a GPU,
+    ///         ``wrong_type`` for what is no list.
+    fn with_dead(&self, py: Python<'_>, dead: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let expected = "the numbers of the GPUs that are dead";
+        let dead = listed(dead, "dead", expected, |one| index(one, "dead"))?;
         let topology = self.0.with_dead(&dead);
         topology.map(Self).map_err(|error| plan_error(py, &error))
     }

@@ -53,8 +53,10 @@ def check_alike(
     else:
         parts: list[np.ndarray] = [plan.phy2log, plan.log2phy]
         parts += [] if state is None else [state.windows]
+        # Not the function that rebuilds a planner: its address is another in each process.
+        _, planner_settings = planner.__reduce__()
         content = digest(
-            repr((settings, planner.__reduce__()[1], plan.topology.__getnewargs_ex__())).encode(),
+            repr((settings, planner_settings, plan.topology.__getnewargs_ex__())).encode(),
             *(part.tobytes() for part in parts),
         )
     verdict = side.verdict(side.begin_vote(Vote(good=refusal is None, digest=content)))

@@ -32,7 +32,7 @@ pub(crate) use groups::Assignment;
 pub(crate) use random::Random;
 pub(crate) use ranks::WHOLE;
 
-use crate::error::{Code, Error, Result, require_multiple};
+use crate::error::{Code, Error, Result, require_groups};
 use crate::lanes::LANES;
 use crate::placement::Replica;
 use crate::planner::check_slots;
@@ -70,15 +70,20 @@ pub(crate) struct Shape {
     crossing_cost: Option<f64>,
 }
 
+/// The most words of a table of ranks: a bit for each expert, and its slots. 1 GiB of them.
+const MAX_TABLE_WORDS: usize = 1 << 27;
+
 impl Shape {
     /// Checks that the topology can hold the experts.
     ///
     /// # Errors
-    /// `TooSmall` for fewer slots than experts; `NotMultiple` for experts that do not divide into
+    /// `TooSmall` for fewer slots than experts; `TooLarge` for more experts and GPUs than a table
+    /// can be kept of; `NotDivisor` for groups that experts do not divide into
     /// groups that stay on a node; infeasible if dead GPUs leave too few slots, or if no node, or
     /// not all nodes together, can hold the groups.
     pub(crate) fn new(topology: &Topology, num_experts: usize, num_groups: usize) -> Result<Self> {
         check_slots(num_experts, topology)?;
+        check_table(num_experts, topology)?;
         let live = topology.num_live_slots();
         if live < num_experts {
             return Err(Error::invalid(
@@ -97,7 +102,7 @@ impl Shape {
                 crossing_cost: None,
             });
         }
-        require_multiple("num_experts", num_experts, "num_groups", num_groups)?;
+        require_groups(num_groups, num_experts)?;
         let size = num_experts / num_groups;
         let room: usize = (0..topology.num_nodes())
             .map(|node| node_slots(topology, node) / size)
@@ -165,7 +170,7 @@ impl Shape {
         crossing_cost: f64,
     ) -> Result<Self> {
         let free = Self::new(topology, num_experts, 1)?;
-        require_multiple("num_experts", num_experts, "num_groups", num_groups)?;
+        require_groups(num_groups, num_experts)?;
         Ok(match Self::new(topology, num_experts, num_groups) {
             Ok(shape) if shape.check_no_idle_node(topology).is_ok() => Self {
                 crossing_cost: Some(crossing_cost),
@@ -191,6 +196,26 @@ impl Shape {
         self.keeps_groups()
             .then(|| self.num_experts / self.num_groups)
     }
+}
+
+/// Refuses what would take a table beyond [`MAX_TABLE_WORDS`], rather than run out of memory.
+fn check_table(num_experts: usize, topology: &Topology) -> Result<()> {
+    let num_gpus = topology.num_gpus();
+    let slots = num_gpus * topology.slots_per_gpu().next_multiple_of(LANES);
+    let hosts = num_experts * num_gpus.div_ceil(64);
+    if slots + hosts <= MAX_TABLE_WORDS {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        Code::TooLarge,
+        "topology",
+        format!(
+            "{num_experts} experts on {num_gpus} GPUs of up to {} slots",
+            topology.slots_per_gpu()
+        ),
+        "small enough for a table of experts and slots by GPU, of 1 GiB at most",
+        "fewer GPUs, or policy \"deepseek\", which keeps no table",
+    ))
 }
 
 fn node_slots(topology: &Topology, node: usize) -> usize {

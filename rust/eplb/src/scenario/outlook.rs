@@ -1,6 +1,6 @@
 //! What the next window may bring, told from those that have been.
 
-use super::{Scenarios, check_windows};
+use super::{MAX_SCENARIOS, Scenarios, check_windows};
 use crate::balance::Random;
 use crate::error::{Code, Error, Result};
 
@@ -56,7 +56,7 @@ impl Outlook {
     ///
     /// # Errors
     /// [`Code::OutOfRange`] for a setting, [`Code::TooLarge`] if there would be more than
-    /// [`MAX_SCENARIOS`](super::MAX_SCENARIOS).
+    /// [`MAX_SCENARIOS`].
     pub fn scenarios(&self, windows: &Scenarios<'_>) -> Result<Vec<f32>> {
         self.check()?;
         let Scenarios {
@@ -67,11 +67,20 @@ impl Outlook {
         } = *windows;
         let kept = (num_scenarios - self.since_shift(windows)).min(self.most_windows);
         let layers = num_layers * num_experts;
+        check_windows(kept)?;
+        if self.copies > MAX_SCENARIOS - kept {
+            return Err(Error::invalid(
+                Code::TooLarge,
+                "copies",
+                self.copies,
+                format!("at most {MAX_SCENARIOS}, {kept} windows included"),
+                "16 to 32 scenarios tell most of what there is to tell",
+            ));
+        }
         let mut scenarios = Vec::with_capacity((kept + self.copies) * layers);
         for window in (num_scenarios - kept..num_scenarios).rev() {
             scenarios.extend_from_slice(&windows.values[window * layers..][..layers]);
         }
-        check_windows(kept + self.copies)?;
         scenarios.resize((kept + self.copies) * layers, 0.0);
         let (of_windows, copies) = scenarios.split_at_mut(kept * layers);
         let flatness = self.flatness as f32;
