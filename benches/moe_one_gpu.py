@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from eplb_rs.moe import Pass
+    from eplb_rs.moe.rows import RowFunctions
     from torch import Tensor
 
 KERNELS = {"triton": None, "plain torch": False}
@@ -213,6 +214,20 @@ def products(
         for width in (sizes.hidden, 2 * sizes.intermediate, sizes.intermediate)
     )
     big = random_rows(8192, 8192)
+
+    def six(functions: RowFunctions, groups: Groups) -> list[Callable[[], Tensor]]:
+        multiplied = partial(functions.product, groups=groups)
+        summed = partial(functions.outer, groups=groups)
+        return [
+            partial(multiplied, x, gate_up, transposed=True),
+            partial(multiplied, hidden, down, transposed=True),
+            partial(multiplied, x, down, transposed=False),
+            partial(multiplied, inner, gate_up, transposed=False),
+            partial(summed, inner, x),
+            partial(summed, x, hidden),
+        ]
+
+    equal: dict[str, list[bool]] = {}
     works: dict[tuple[str, str], list[Callable[[], object]]] = {
         ("8192 cubed", "torch"): [lambda: big @ big]
     }
@@ -222,16 +237,10 @@ def products(
         for how, functions, multiple in (("triton", kernels, step), ("torch", plain, 1)):
             filled = -(-counts // multiple) * multiple
             groups = Groups(torch.from_numpy(filled.cumsum()).int().to(device), filled, multiple)
-            multiplied = partial(functions.product, groups=groups)
-            summed = partial(functions.outer, groups=groups)
-            works[name, how] = [
-                partial(multiplied, x, gate_up, transposed=True),
-                partial(multiplied, hidden, down, transposed=True),
-                partial(multiplied, x, down, transposed=False),
-                partial(multiplied, inner, gate_up, transposed=False),
-                partial(summed, inner, x),
-                partial(summed, x, hidden),
-            ]
+            works[name, how] = six(functions, groups)
+            if how == "triton":
+                pairs = zip(works[name, how], six(plain, groups), strict=True)
+                equal[name] = [same(int(filled.sum()), a(), b()) for a, b in pairs]
     times: dict[tuple[str, str], list[list[float]]] = {
         key: [[] for _ in w] for key, w in works.items()
     }
@@ -251,7 +260,16 @@ def products(
             "all ms": round(sum(medians), 3),
             "TFLOP/s": round(operations[name] / sum(medians) / 1e9),
         }
+    found["the same bits as torch's"] = {name: all(each) for name, each in equal.items()}
     return found
+
+
+def same(rows: int, got: Tensor, wanted: Tensor) -> bool:
+    """Whether all bits are, having made sure that the results are."""
+    if got.ndim == 2:  # rows behind the last slot's are undefined
+        got, wanted = got[:rows], wanted[:rows]
+    assert float((got.float() - wanted.float()).norm() / wanted.float().norm()) < 1e-2
+    return torch.equal(got, wanted)
 
 
 def captured(

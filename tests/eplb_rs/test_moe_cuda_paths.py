@@ -72,8 +72,8 @@ def compile_products():
 
     rows, columns, depth = products._ROWS, products._COLUMNS, products._DEPTH
     side, few = products._SIDE, products._FEW
-    common = {"NEAR": products._NEAR, "ON_GPU": True}
-    tiles = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth}
+    tiles = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "NEAR": products._NEAR}
+    tiles |= {"FROM_END": products._FROM_END, "ON_GPU": True}
     wanted = []
     for transposed, width, deep in ((True, 4096, 7168), (False, 7168, 4096)):
         types = {
@@ -86,17 +86,15 @@ def compile_products():
             "queue": "*i64",
         }
         constants = {"HEIGHT": 4096, "WIDTH": width, "DEEP": deep, "TRANSPOSED": transposed}
-        wanted.append((products._product, types, constants | tiles | common, 8))
+        wanted.append((products._product, types, constants | tiles, 8))
     types = {
         "left": described(few, side),
         "right": described(few, side),
         "out": described(side, side),
         **dict.fromkeys(("ends", "order"), "*i32"),
-        "queue": "*i64",
-        "num_slots": "i32",
     }
-    sizes = {"HEIGHT": 4096, "WIDTH": 7168, "SIDE": side, "FEW": few}
-    wanted.append((products._outer, types, sizes | common, 4))
+    sizes = {"HEIGHT": 4096, "WIDTH": 7168, "SIDE": side, "FEW": few, "NEAR": products._NEAR}
+    wanted.append((products._outer, types, sizes, 4))
     for kernel, types, constants, warps in wanted:
         code = compiled(kernel, types, constants, num_warps=warps, num_stages=4).asm["ptx"]
         assert "wgmma.mma_async" in code, kernel

@@ -5,9 +5,9 @@ torch's grouped product fills each slot's rows up to pairs of tiles, 256 rows: a
 computes a quarter more than there is, and where load is uneven still more. Here a tile of rows has
 128 or, at the end of a slot, 64.
 
-A slot with many rows keeps the tensor cores busy, one with few the memory, whose matrix is read or
-written all the same. So slots are taken in order of their rows from both ends: half of the
-multiprocessors begin with the largest and half with the smallest, until they meet.
+A slot with many rows keeps the tensor cores busy, one with few the memory, whose matrix is read all
+the same. So slots are taken in order of their rows and from both ends: most multiprocessors begin
+with the largest, some with the smallest, until they meet.
 
 Every number is one sum in float32 in the order of the contracted dimension. A row's result has the
 same bits wherever it stands, and the same as torch's; the host waits for nothing.
@@ -43,6 +43,9 @@ _SIDE, _FEW = 128, 32
 _NEAR = 8
 """How many tiles of rows are taken for the same columns before the next columns: they find the
 matrix in the cache."""
+
+_FROM_END = 4
+"""One multiprocessor of so many begins with the smallest slots."""
 
 _BLOCK = 32
 """How many tiles a program lists."""
@@ -94,6 +97,7 @@ def product(rows_N: Tensor, weight_SOI: Tensor, groups: Groups, *, transposed: b
         COLUMNS=_COLUMNS,
         DEPTH=_DEPTH,
         NEAR=_NEAR,
+        FROM_END=_FROM_END,
         ON_GPU=out.is_cuda,
         num_warps=8,
         num_stages=4,
@@ -114,14 +118,11 @@ def outer(left_NO: Tensor, right_NI: Tensor, groups: Groups) -> Tensor:
         TensorDescriptor.from_tensor(out.view(slots * height, width), [_SIDE, _SIDE]),
         groups.end_S,
         _order(groups),
-        torch.zeros(1, dtype=torch.int64, device=out.device),
-        slots,
         HEIGHT=height,
         WIDTH=width,
         SIDE=_SIDE,
         FEW=_FEW,
         NEAR=_NEAR,
-        ON_GPU=out.is_cuda,
         num_warps=4,
         num_stages=4,
     )
@@ -179,7 +180,7 @@ def _list_tiles(
 
 
 @triton.jit
-def _taken(queue, total, ON_GPU: tl.constexpr):
+def _taken(queue, total, FROM_END: tl.constexpr, ON_GPU: tl.constexpr):
     """The number of the piece of work that this program takes, from one end or from the other;
     `total` if there is none left. The queue counts those taken from both ends."""
     if ON_GPU:
@@ -188,10 +189,10 @@ def _taken(queue, total, ON_GPU: tl.constexpr):
         )
     else:
         multiprocessor = tl.program_id(0)
-    first = multiprocessor % 2 == 0
-    before = tl.atomic_add(queue, tl.where(first, 1, 1 << 32).to(tl.int64), sem="relaxed")
+    from_end = multiprocessor % FROM_END == FROM_END - 1
+    before = tl.atomic_add(queue, tl.where(from_end, 1 << 32, 1).to(tl.int64), sem="relaxed")
     front, back = before & 0xFFFFFFFF, before >> 32
-    number = tl.where(first, front, total - 1 - back)
+    number = tl.where(from_end, total - 1 - back, front)
     return tl.where(front + back < total, number, total).to(tl.int32)
 
 
@@ -212,11 +213,12 @@ def _product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     NEAR: tl.constexpr,
+    FROM_END: tl.constexpr,
     ON_GPU: tl.constexpr,
 ):
     across: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     tiles = tl.load(listed)
-    number = _taken(queue, tiles * across, ON_GPU)
+    number = _taken(queue, tiles * across, FROM_END, ON_GPU)
     if number >= tiles * across:
         return
     chunk = number // (NEAR * across) * NEAR
@@ -267,24 +269,21 @@ def _outer(
     out,
     ends,
     order,
-    queue,
-    num_slots,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     SIDE: tl.constexpr,
     FEW: tl.constexpr,
     NEAR: tl.constexpr,
-    ON_GPU: tl.constexpr,
 ):
     down: tl.constexpr = (HEIGHT + SIDE - 1) // SIDE
     across: tl.constexpr = (WIDTH + SIDE - 1) // SIDE
-    number = _taken(queue, num_slots * (down * across), ON_GPU)
-    slot = tl.load(order + number // (down * across))
-    chunk = number % (down * across) // (NEAR * across) * NEAR
+    number = tl.program_id(0) % (down * across)
+    chunk = number // (NEAR * across) * NEAR
     near = min(down - chunk, NEAR)
-    within = number % (down * across) - chunk * across
+    within = number - chunk * across
     top = (chunk + within % near) * SIDE
     column = within // near * SIDE
+    slot = tl.load(order + tl.program_id(0) // (down * across))
     begin = tl.load(ends + slot - 1, mask=slot > 0, other=0)
     end = tl.load(ends + slot)
     total = tl.zeros([SIDE, SIDE], tl.float32)
