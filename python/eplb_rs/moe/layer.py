@@ -119,10 +119,12 @@ class ExpertParallelMoE(nn.Module):
         capacity: ``None`` exchanges as many rows as there are, and waits for the device once, to
             learn how many. A number makes room for so many rows from each rank to each other and
             waits for nothing: for CUDA graphs.
-        fused: Gathers, multiplies, activates and adds in one triton kernel each, on CUDA GPUs;
-            ``None`` where that can be. ``False`` does the same in plain torch.
-        row_multiple: Fills each expert's rows up with zeros to a multiple of this: a product of
-            few rows may differ in its last bits from the same rows in a larger one.
+        fused: Gathers, activates and adds in one triton kernel each, on CUDA GPUs; on Hopper and
+            for widths that are multiples of 128, multiplies so too, with each expert's rows filled
+            up to a multiple of 64. ``None`` where that can be; ``False`` does the same in plain
+            torch.
+        row_multiple: Fills each expert's rows up with zeros to a multiple of this at least: a
+            product of few rows may differ in its last bits from the same rows in a larger one.
         max_replicas: The most replicas of an expert that later plans may have; by default as many
             as slots allow. 16 places of a routing row are kept at least.
 
@@ -130,9 +132,9 @@ class ExpertParallelMoE(nn.Module):
         InvalidInputError: ``wrong_type`` for what is no layer's weights or no plan;
             ``wrong_shape`` for weights or a group that do not fit the plan;
             ``unknown`` for further tensors, scales say, or an activation; ``wrong_dtype`` or
-            ``inconsistent`` for weights, or kernels that are not for them; ``out_of_range`` for a layer; ``not_positive`` or
-            ``not_integer`` for a count; as :func:`~eplb_rs.moe.routing.routing_rows` for the
-            routing.
+            ``inconsistent`` for weights, or kernels that are not for them; ``out_of_range`` for a
+            layer; ``not_positive`` or ``not_integer`` for a count; as
+            :func:`~eplb_rs.moe.routing.routing_rows` for the routing.
 
     Attributes:
         load_E: `[E]` int64 on the device, tokens that this rank has routed to each logical expert

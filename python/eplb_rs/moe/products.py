@@ -65,7 +65,7 @@ def fits(rows: Tensor, weight_SOI: Tensor) -> bool:
 
 @lru_cache
 def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def product(rows_N: Tensor, weight_SOI: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
