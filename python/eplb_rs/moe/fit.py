@@ -15,7 +15,7 @@ from torch import Tensor
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.plan import Plan
 
-__all__ = ["check_fused", "check_plan", "check_routed", "check_weights"]
+__all__ = ["can_fuse", "check_fused", "check_plan", "check_routed", "check_weights"]
 
 _FIELDS = ("gate_up.weight", "down.weight")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -73,19 +73,27 @@ def check_weights(weights: Mapping[str, Tensor], num_slots: int) -> tuple[Tensor
     return gate_up, down
 
 
+def can_fuse(weight: Tensor) -> bool:
+    """Whether the layer's kernels are for such weights, and triton is there."""
+    return weight.is_cuda and weight.dtype in _DTYPES[1:] and _has_triton()
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def check_fused(weight: Tensor) -> None:
     """Refuses kernels for weights that they are not for.
 
     Raises:
         InvalidInputError: ``inconsistent``.
     """
-    there = importlib.util.find_spec("triton") is not None
-    if not (there and weight.is_cuda and weight.dtype in _DTYPES[1:]):
+    if not can_fuse(weight):
         raise InvalidInputError(
             code="inconsistent",
             argument="fused",
             got=f"True, with {weight.dtype} on {weight.device}"
-            + ("" if there else ", without triton"),
+            + ("" if _has_triton() else ", without triton"),
             expected="weights of at most 32 bits on a CUDA GPU, and triton",
             hint="False does the same in plain torch",
         )

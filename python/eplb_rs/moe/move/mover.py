@@ -16,7 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from torch import distributed
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store, get_backend_config
 
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe.move.error import MoveError, StoreLostError, account
@@ -65,7 +65,7 @@ class ExpertMover:
     Args:
         weights: This rank's experts.
         group: The ranks; by default all of torch.distributed's. The mover makes a group of its
-            own of its members.
+            own of its members, with the same backends.
         store: Where commit records are kept. For a move to survive the loss of any rank the store
             must live in none: a ``TCPStore`` of the launcher. By default torch.distributed's own.
         load: Reads an expert that no rank holds any more from storage: called with layer, expert
@@ -123,9 +123,13 @@ class ExpertMover:
                 )
         self._limit = timedelta(seconds=limit_s)
         self._grace_s = grace_s
-        ranks = distributed.get_process_group_ranks(members(group))
+        given = members(group)
+        ranks = distributed.get_process_group_ranks(given)
         made: Any = distributed.new_group(
-            ranks, timeout=max(self._limit, _TO_MEET), use_local_synchronization=True
+            ranks,
+            timeout=max(self._limit, _TO_MEET),
+            backend=get_backend_config(given),
+            use_local_synchronization=True,
         )
         self._group: distributed.ProcessGroup = made
         self._records = MoveRecords(store or _get_default_store(), ranks, made.rank())
