@@ -126,9 +126,10 @@ def test_balanced_goes_on_from_the_plan_in_force_within_its_budget(trace, report
 
 def test_scenarios_are_the_windows_since_the_last_shift(trace):
     """Each way of splitting has plans of its own, made with it in mind."""
-    windows = trace.loads[:128].reshape(16, 8, 26, 64).sum(axis=1).astype(np.float32)
+    loads = trace.loads[:128, :8]  # of eight layers
+    windows = loads.reshape(16, 8, 8, 64).sum(axis=1).astype(np.float32)
     simulation = simulate(
-        windows, Topology(1, 8, 9), policies="scenarios", max_moves=470, iterations=200
+        windows, Topology(1, 8, 9), policies="scenarios", max_moves=144, iterations=200
     )
     assert (np.flatnonzero(simulation.shifted) + 1).tolist() == [4, 8, 12]
     planner = Planner(Topology(1, 8, 9), policy="balanced", iterations=200)
@@ -139,7 +140,7 @@ def test_scenarios_are_the_windows_since_the_last_shift(trace):
             plan = planner.plan_windows(
                 windows[max(since, number - 8) : number],
                 previous=plan,
-                max_moves=None if plan is None else 470,
+                max_moves=None if plan is None else 144,
                 split=split,
                 outlook=replace(Outlook.for_split(split), shift_threshold=None),
             )
@@ -148,7 +149,7 @@ def test_scenarios_are_the_windows_since_the_last_shift(trace):
             expected.append(met.balance)
         found = outcome(simulation, "scenarios", shares)
         np.testing.assert_allclose(found.balance, expected, rtol=1e-6)
-        assert 0 < found.steps.moves.max() <= 470
+        assert 0 < found.steps.moves.max() <= 144
         assert found.steps.plan_us.min() > 0
 
 
