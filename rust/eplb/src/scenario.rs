@@ -20,6 +20,7 @@ mod rows;
 mod scenarios;
 mod search;
 mod sets;
+mod worth;
 
 use std::time::Instant;
 

@@ -13,7 +13,7 @@ use rayon::prelude::*;
 use super::best::{self, Kind, Scratch};
 use super::layer::Layer;
 use super::paths::{self, Made, Path};
-use super::sets::Worth;
+use super::worth::Worth;
 use super::{Scenarios, layer_of};
 use crate::balance::{Budget, Fuel};
 use crate::placement::Placement;
