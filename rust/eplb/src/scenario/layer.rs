@@ -104,11 +104,6 @@ impl Layer {
         &self.experts
     }
 
-    /// How many slots each expert has, `[E]`.
-    pub(super) fn counts(&self) -> &[i64] {
-        &self.counts
-    }
-
     /// The rank of each slot, `[R]`.
     pub(super) fn ranks(&self) -> &[u32] {
         &self.rank_of
