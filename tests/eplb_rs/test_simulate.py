@@ -61,12 +61,11 @@ def balance(loads):
 
 
 def moves(before, after, num_ranks):
-    """Slots whose expert their rank did not hold before."""
+    """Experts that arrive on a rank which did not hold them."""
     return sum(
-        expert not in old
+        len(set(new) - set(old))
         for a, b in zip(before, after, strict=True)
         for old, new in zip(a.reshape(num_ranks, -1), b.reshape(num_ranks, -1), strict=True)
-        for expert in new
     )
 
 
