@@ -313,6 +313,14 @@ def test_ascend_goes_on_where_no_plan_can_be(caplog):
         AscendPolicy().rebalance_experts(table, np.ones((1, 2)))
 
 
+def test_ascend_leaves_tables_with_empty_slots_alone(caplog):
+    """Planned from scratch, experts that stay on their NPU would change slots."""
+    table = np.array([[[0, 1, -1], [3, 2, 1]]])
+    changed, _, new = AscendPolicy().rebalance_experts(table, np.ones(table.shape))
+    assert (changed, new.tolist()) == (0, table.tolist())
+    assert "an expert in every slot" in caplog.text
+
+
 def a_plan():
     load = np.random.default_rng(0).lognormal(0, 1, (2, 6))
     return eplb_rs.Planner(eplb_rs.Topology(1, 4, 2)).plan(load, layer_ids=(1, 3))

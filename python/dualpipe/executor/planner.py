@@ -185,8 +185,8 @@ class Planner:
                 expected="one with backwards",
                 hint="it is for steps under torch.no_grad()",
             )
-        if schedule.num_micro_batches > 1 and syncing(
-            s.module for s in self._places.stages.values()
+        if schedule.num_micro_batches > 1 and any(
+            syncing(stage.modules) for stage in self._places.stages.values()
         ):
             raise PipelineError(
                 code="gradient_sync",

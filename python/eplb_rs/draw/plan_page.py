@@ -91,6 +91,12 @@ section { overflow-x: auto; }
 th, td { padding: .25rem .9rem .25rem 0; }
 details { margin-top: 2rem; }
 summary { margin-bottom: .5rem; }
+@media (max-width: 40rem) {
+  body { padding: 1rem .9rem 2rem; }
+  th, td { padding-right: .6rem; }
+  th, td:first-child { white-space: normal; }
+  picture { display: block; overflow-x: auto; }
+  img { min-width: 44rem; } }
 """
 
 _BODY = """\

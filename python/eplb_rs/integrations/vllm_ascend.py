@@ -88,6 +88,13 @@ class AscendPolicy:
     ) -> tuple[int, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         layers, ranks, slots = table.shape
         flat = table.reshape(layers, -1)
+        if flat.min() < 0:
+            raise InvalidInputError(
+                code="out_of_range",
+                argument="current_expert_table",
+                got=str(flat.min()),
+                expected="an expert in every slot: one that stays on its NPU cannot change slots",
+            )
         load = np.zeros((layers, int(flat.max()) + 1))
         rows = np.arange(layers)[:, None]
         np.add.at(load, (np.broadcast_to(rows, flat.shape), flat), work.reshape(layers, -1))

@@ -20,6 +20,9 @@ use crate::transfers::links_of;
 /// about 50 us of work. Getting it back costs 0.2 us from nobody, and up to a switch interval
 /// (5 ms) from a thread that computes in Python.
 const ATTACHED_SLOTS: usize = 4096;
+/// The same where placements are searched for, with no more steps than by default: a layer of a
+/// large model takes 30 us where it is easy to even out, and up to 1 ms.
+const ATTACHED_SEARCH: usize = 512;
 
 /// The most moves, what a move costs, the balance that is enough, and whether slots may repeat an
 /// expert of their rank.
@@ -321,7 +324,7 @@ impl Planner {
         let start = Instant::now();
         let (num_layers, num_experts) = load.shape();
         let slots = num_layers.saturating_mul(self.planner.topology().num_slots());
-        let (result, end) = if self.release_gil.unwrap_or(slots > ATTACHED_SLOTS) {
+        let (result, end) = if self.release_gil.unwrap_or(slots > self.most_attached()) {
             let mut copy = self.copies().pop().unwrap_or_default();
             copy.clear();
             copy.extend_from_slice(load.values()?);
@@ -340,6 +343,20 @@ impl Planner {
         self.wait_ns
             .store(nanoseconds(end.elapsed()), Ordering::Relaxed);
         result.map_err(|error| plan_error(py, &error))
+    }
+
+    /// The most slots that are planned without letting go of the interpreter.
+    fn most_attached(&self) -> usize {
+        let planner = &self.planner;
+        let Budget::Iterations(default) = Budget::DEFAULT else {
+            return 0;
+        };
+        match (planner.policy(), planner.budget()) {
+            (Policy::DeepSeek | Policy::Trivial, _) => ATTACHED_SLOTS,
+            _ if planner.group_rule() == GroupRule::Priced => 0,
+            (_, Budget::Iterations(steps)) if steps <= default => ATTACHED_SEARCH,
+            _ => 0,
+        }
     }
 
     fn copies(&self) -> MutexGuard<'_, Vec<Vec<f32>>> {
