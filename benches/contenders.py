@@ -120,6 +120,9 @@ class DeepSeek:
     """DeepSeek's DualPipe, from a checkout named by DEEPSEEK_DUALPIPE."""
 
     def __init__(self, case: Case, device: torch.device, kind: str) -> None:
+        # The package of the same name that the benchmark itself has imported makes room.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "dualpipe"]:
+            del sys.modules[name]
         sys.path.insert(0, os.environ["DEEPSEEK_DUALPIPE"])
         import dualpipe
 

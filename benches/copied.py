@@ -17,11 +17,12 @@ __all__ = ["reduction"]
 
 def reduction(rank: Any, case: Case, rounds: int) -> dict[str, Any]:
     """What the sum of the two copies' gradients takes, and how much of it is hidden, by all-reduce
-    and by the transport."""
+    (unless it wants NCCL and there is none) and by the transport."""
     plain = make_contender("DualPipe", case, rank.device)
+    ways = {"all-reduce": True} if rank.has_nccl or rank.device.type == "cpu" else {}
     made = {
         name: make_contender("DualPipe", case, rank.device, reduce_copies=way)
-        for name, way in (("all-reduce", True), ("pairs", "pairs"))
+        for name, way in {**ways, "pairs": "pairs"}.items()
     }
     works = {"plain": cleared(plain)}
     for name, contender in made.items():

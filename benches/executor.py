@@ -1,6 +1,7 @@
 """Times pipeline steps on two GPUs: this executor, PyTorch's schedules, DeepSeek's DualPipe.
 
     python benches/executor.py [--deepseek CHECKOUT] [--only NAME ...] [--rounds 10]
+                               [--halves [PERCENT PERCENT]] [--sequence LENGTH ...]
                                [--output benches/results/executor.json]
 
 Eight transformer layers (hidden 4096, FFN 14336, 32 heads, bf16), micro-batches of one sequence,
@@ -17,13 +18,21 @@ device's work. Peak memory is that of the contender alone, before the ideal is m
 
 Losses are compared with those of one process without a pipeline while all this runs.
 
-With `--predict` the executor measures itself under DualPipeV, and what the simulator makes of
+`--only predict`: the executor measures itself under DualPipeV, and what the simulator makes of
 those times for other schedules is compared with what they take.
+
+With one GPU, `--halves` gives each process a half of its multiprocessors (see halves.py), and both
+run the ideal at the same time as they do the step. So the ratios compare like with like, but
+they are not those of two GPUs: the halves share memory's bandwidth, caches and power, what is sent
+stays in the same memory, and a rank is faster while the other waits. Two other shares (`--halves 50
+44`) make ranks of different speeds. NCCL takes part from version 2.30 on, if
+`NCCL_MULTI_RANK_GPU_ENABLE=1`; without it, what needs it is left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import gc
 import json
@@ -41,6 +50,7 @@ import torch
 import torch.distributed as dist
 from contenders import CONTENDERS, WARM_UP, make_contender, num_ranks
 from copied import reduction
+from halves import nccl_shares_gpus, nccl_version, two_halves
 from memory import terms_of
 from prediction import predict
 from transformer import Case, loss_of, make_batch, make_layers
@@ -62,15 +72,16 @@ class Rank:
 
     def __init__(self, rank: int, size: int, folder: Path) -> None:
         self.rank, self.size = rank, size
-        self.device = (
-            torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-        )
-        backend = "gloo"
-        if self.device.type == "cuda":
+        self.device = torch.device("cpu")
+        self.has_nccl = False
+        if torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            self.device = torch.device("cuda", rank % count)
             torch.cuda.set_device(self.device)
-            backend = "cpu:gloo,cuda:nccl"
+            self.has_nccl = size <= count or nccl_shares_gpus()
         else:
             torch.set_num_threads(1)
+        backend = "cpu:gloo,cuda:nccl" if self.has_nccl else "gloo"
         store = f"file://{folder}/store"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=size)
 
@@ -90,15 +101,20 @@ class Rank:
             self._side = dist.new_group(backend="gloo")
         return self._side
 
+    def started(self) -> float:
+        """When all ranks start together, which is now, in seconds of the wall clock."""
+        self.wait()
+        start = max(self.gathered(time.time())) + 1e-3
+        while time.time() < start:
+            pass
+        return start
+
     def timed(self, work: Callable[[], Any]) -> float:
         """Milliseconds from a common start to the end of the last rank."""
-        self.wait()
-        start = max(self.gathered(time.perf_counter())) + 1e-3
-        while time.perf_counter() < start:
-            pass
+        start = self.started()
         work()
         self.wait()
-        return 1e3 * (max(self.gathered(time.perf_counter())) - start)
+        return 1e3 * (max(self.gathered(time.time())) - start)
 
     def memory(self) -> dict[str, float]:
         if self.device.type != "cuda":
@@ -193,27 +209,36 @@ def run_case(rank: Rank, name: str, case: Case, rounds: int) -> dict[str, Any]:
             ratios = [a / b for a, b in zip(times["step"], values, strict=True)]
             found[f"step / {key}"] = quartiles(ratios)
     if hasattr(contender, "executor"):
-        found.update(own_figures(rank, contender, case))
+        found.update(own_figures(rank, contender, case, ideal))
     contender.close()
     return found
 
 
-def own_figures(rank: Rank, contender: Any, case: Case) -> dict[str, Any]:
-    """What only this executor can say: idle time, memory by its terms, why no graphs."""
+def own_figures(rank: Rank, contender: Any, case: Case, ideal: Ideal) -> dict[str, Any]:
+    """What only this executor can say: idle time, memory by its terms, why no graphs.
+
+    A step lasts from the common start to the end of the last computation here: after it, what was
+    measured is exchanged.
+    """
     executor = contender.executor
     executor.measure = True
-    idle, spans = [], []
+    contender.step()
+    idle, outside = [], []
     for _ in range(5):
-        whole = rank.timed(contender.step)
+        start = rank.started()
+        contender.step()
         report = executor.report()
-        idle.append((1 - report.busy_us / 1e3 / whole).tolist())
-        spans.append(whole - report.makespan_us / 1e3)
+        whole = max(spans[-1].end_s for spans in report.spans) - start
+        idle.append((1 - report.busy_us / 1e6 / whole).tolist())
+        outside.append(1e3 * whole - report.makespan_us / 1e3)
+        # As hot as the steps that were timed.
+        rank.timed(ideal.run)
     executor.measure = False
     on_gpu = rank.device.type == "cuda"
     own = terms_of(contender, rank.rank, case, rank.device) if on_gpu else {}
     return {
         "idle": [round(statistics.median(values), 5) for values in zip(*idle, strict=True)],
-        "outside computations ms": round(statistics.median(spans), 3),
+        "before the first computation ms": round(statistics.median(outside), 3),
         "report": str(report),
         "memory_gib": rank.gathered(own),
         "notes": list(report.notes),
@@ -230,9 +255,15 @@ def reference(case: Case, device: torch.device) -> dict[str, float]:
         return {str(m): loss_of(model(x), y).item() for m, (x, y) in enumerate(pairs)}
 
 
+def chosen(args: argparse.Namespace) -> list[Case]:
+    """The cases asked for."""
+    cases = TINY if args.tiny else CASES
+    return [case for case in cases if args.sequence is None or case.sequence in args.sequence]
+
+
 def worker(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
-    cases = TINY if args.tiny else CASES
+    cases = chosen(args)
     found: Any
     if args.worker == "reference":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,19 +287,27 @@ def worker(args: argparse.Namespace) -> None:
     os._exit(0)
 
 
-def launched(name: str, args: argparse.Namespace) -> Any:
-    """The figures of one worker pair; why there are none, as text, where it failed."""
+def launched(name: str, args: argparse.Namespace, shares: list[dict[str, str]]) -> Any:
+    """The figures of one worker pair; why there are none, as text, where it failed.
+
+    Args:
+        name: Which.
+        args: The command line.
+        shares: What each rank's environment has beside that of all.
+    """
     with tempfile.TemporaryDirectory() as folder:
         count = 1 if name == "reference" else num_ranks(name)
         command = [sys.executable, __file__, "--worker", name, "--folder", folder]
         command += ["--rounds", str(args.rounds), *(["--tiny"] if args.tiny else [])]
+        if args.sequence is not None:
+            command += ["--sequence", *map(str, args.sequence)]
         environment = dict(os.environ)
         if args.deepseek:
             environment["DEEPSEEK_DUALPIPE"] = args.deepseek
         ranks = [
             subprocess.Popen(
                 [*command, "--rank", str(rank)],
-                env=environment,
+                env=environment | shares[rank],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -299,12 +338,14 @@ def check(found: dict[str, Any], wanted: dict[str, dict[str, float]]) -> None:
         )
 
 
-def machine() -> dict[str, Any]:
+def machine(halves: list[int] | None) -> dict[str, Any]:
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    if halves is not None:
+        found["one GPU as two"] = f"{halves} % of its multiprocessors, by CUDA MPS"
     if torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         found["cuda"] = torch.version.cuda
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["nccl"] = ".".join(map(str, nccl_version()))
     return found
 
 
@@ -322,6 +363,10 @@ def main() -> None:
     parser.add_argument("--deepseek", help="a checkout of DeepSeek's DualPipe")
     parser.add_argument("--only", nargs="*", help=", ".join([*CONTENDERS, "reduction", "predict"]))
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--sequence", nargs="*", type=int, help="only cases of these lengths")
+    parser.add_argument(
+        "--halves", nargs="*", type=int, help="one GPU as two, of these percents: 50 50"
+    )
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--worker")
@@ -333,17 +378,31 @@ def main() -> None:
     names = args.only or [*CONTENDERS, "reduction", "predict"]
     if not args.deepseek:
         names = [name for name in names if not name.startswith("DeepSeek")]
-    wanted = launched("reference", args)
+    halves = args.halves if args.halves is None else args.halves or [50, 50]
+    if halves is not None and not nccl_shares_gpus():
+        names = [name for name in names if not name.startswith(("DeepSeek", "torch"))]
+    with contextlib.nullcontext([{}, {}]) if halves is None else two_halves(halves) as shares:
+        measure(names, args, halves, shares)
+
+
+def measure(
+    names: list[str],
+    args: argparse.Namespace,
+    halves: list[int] | None,
+    shares: list[dict[str, str]],
+) -> None:
+    """Runs one after the other, and writes down what has been found so far."""
+    wanted = launched("reference", args, shares)
     assert isinstance(wanted, dict), wanted
     results: dict[str, Any] = {}
     for name in names:
-        found = launched(name, args)
+        found = launched(name, args, shares)
         if isinstance(found, dict) and name in CONTENDERS:
             check(found, wanted)
         results[name] = found
         print(name, json.dumps(found) if isinstance(found, dict) else found, flush=True)
         if args.output:
-            document = {"machine": machine(), "commit": commit(), "results": results}
+            document = {"machine": machine(halves), "commit": commit(), "results": results}
             args.output.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,14 @@ def run_each(function, sizes: list[int], *args, limit_s: float = 240.0) -> dict[
     return dict(zip(sizes, found, strict=True))
 
 
+def run_parts(parts: list, num_ranks: int) -> dict[str, list]:
+    """As :func:`run`, for several functions of one module one after the other in one world: what
+    each rank returned, by the name of the function.
+    """
+    by_rank = run(parts, num_ranks)
+    return {part.__name__: [one[part.__name__] for one in by_rank] for part in parts}
+
+
 def run_lossy(
     function, num_ranks: int, trials: list[tuple], *, limit_s: float = 30.0, at_once: int = 1
 ) -> list:
@@ -65,11 +74,13 @@ def run_lossy(
 def _run(
     function, worlds: list[tuple[int, tuple]], limit_s: float, *, lossy: bool, at_once: int = 1
 ) -> list:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        code = function.__code__.co_filename, function.__qualname__
-        (folder / "job").write_bytes(pickle.dumps((*code, worlds, limit_s, lossy, at_once)))
-        command = [sys.executable, "-W", "error", __file__, name]
+    with tempfile.TemporaryDirectory() as where:
+        folder = Path(where)
+        several = isinstance(function, list)
+        path = (function[0] if several else function).__code__.co_filename
+        name = [part.__qualname__ for part in function] if several else function.__qualname__
+        (folder / "job").write_bytes(pickle.dumps((path, name, worlds, limit_s, lossy, at_once)))
+        command = [sys.executable, "-W", "error", __file__, where]
         outcome = subprocess.run(command, capture_output=True, text=True, check=False)
         found, faults = [], []
         for number, (size, args) in enumerate(worlds):
@@ -97,7 +108,11 @@ def _launch(folder: Path) -> None:
     spec.loader.exec_module(module)
     for heavy in getattr(module, "PRELOAD", ()):
         importlib.import_module(heavy)
-    function = getattr(module, name)
+    function = (
+        partial(_all, [getattr(module, one) for one in name])
+        if isinstance(name, list)
+        else getattr(module, name)
+    )
     end = time.monotonic() + limit_s
     host = _host(folder) if lossy else None
     waiting, running, good = list(enumerate(worlds)), [], True
@@ -115,6 +130,10 @@ def _launch(folder: Path) -> None:
         time.sleep(0.005)
     if host is not None:
         os.kill(host, signal.SIGKILL)
+
+
+def _all(parts, rank: int, size: int) -> dict:
+    return {part.__name__: part(rank, size) for part in parts}
 
 
 def _host(folder: Path) -> int:

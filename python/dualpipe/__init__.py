@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from eplb_rs._core import __version__
 
 from dualpipe.choice import Candidate, Layers, Machine, Partition, partition, search
+from dualpipe.costs import Costs
 from dualpipe.errors import (
     DeadlockError,
     MismatchError,
@@ -29,7 +30,8 @@ from dualpipe.errors import (
     ScheduleError,
 )
 from dualpipe.instruction import Instruction, Kind
-from dualpipe.schedule import METHODS, Costs, Schedule, Timeline
+from dualpipe.schedule import METHODS, Schedule
+from dualpipe.timeline import Timeline
 
 if TYPE_CHECKING:
     from dualpipe.comm import set_p2p_tensor_dtype, set_p2p_tensor_shapes

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 from eplb_rs import _core
 
+from dualpipe._arguments import link_numbers, numbers, one_of, whole_number
 from dualpipe._values import ByValue
 from dualpipe.errors import ScheduleError
-from dualpipe.schedule import METHODS, Schedule, _count, _figures, _link_figures, _one_of
+from dualpipe.schedule import METHODS, Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -153,9 +154,9 @@ def partition(
     found = _core.partition_layers(
         _layer_arrays(layers),
         str(method),
-        _count(num_ranks, "num_ranks"),
-        _count(num_micro_batches, "num_micro_batches"),
-        None if stages_per_rank is None else _count(stages_per_rank, "stages_per_rank"),
+        whole_number(num_ranks, "num_ranks"),
+        whole_number(num_micro_batches, "num_micro_batches"),
+        None if stages_per_rank is None else whole_number(stages_per_rank, "stages_per_rank"),
         _machine(machine, num_ranks, max_simulations),
     )
     return _partition(found)
@@ -198,19 +199,21 @@ def search(
 
     Cost: `max_simulations` times :meth:`Schedule.simulate` at most, for every combination.
     """
-    p = _count(num_ranks, "num_ranks")
+    p = whole_number(num_ranks, "num_ranks")
     if isinstance(layers, Mapping):
-        loads = [(_count(m, "num_micro_batches"), _layer_arrays(c)) for m, c in layers.items()]
+        loads = [
+            (whole_number(m, "num_micro_batches"), _layer_arrays(c)) for m, c in layers.items()
+        ]
     else:
         counts = (2 * p, 4 * p) if num_micro_batches is None else num_micro_batches
         arrays = _layer_arrays(layers)
         several = _several(counts, "num_micro_batches")
-        loads = [(_count(m, "num_micro_batches"), arrays) for m in several]
+        loads = [(whole_number(m, "num_micro_batches"), arrays) for m in several]
     tried = _core.search_schedules(
         p,
         [str(method) for method in _several(methods, "methods")],
         (loads, isinstance(layers, Mapping)),
-        [_count(v, "stages_per_rank") for v in _several(stages_per_rank, "stages_per_rank")],
+        [whole_number(v, "stages_per_rank") for v in _several(stages_per_rank, "stages_per_rank")],
         _machine(machine, p, max_simulations),
         progress,
     )
@@ -264,9 +267,9 @@ def _layer_arrays(layers: Layers) -> Any:
         )
     shape = (lengths[0],)
     names = ("forward", "backward_input", "backward_weight")
-    figures = [_figures(time, name, shape) for time, name in zip(times, names, strict=True)]
+    figures = [numbers(time, name, shape) for time, name in zip(times, names, strict=True)]
     names = ("parameter_bytes", "activation_bytes", "message_bytes")
-    counts = [_figures(size, name, shape) for size, name in zip(sizes, names, strict=True)]
+    counts = [numbers(size, name, shape) for size, name in zip(sizes, names, strict=True)]
     for count, name in zip(counts, names, strict=True):
         if not np.all((count >= 0) & (count < 2.0**53)):
             raise ScheduleError(
@@ -277,23 +280,23 @@ def _layer_arrays(layers: Layers) -> Any:
 
 def _machine(machine: Machine | None, p: int, max_simulations: int) -> Any:
     machine = machine or Machine()
-    _one_of("pairs", machine.pairs, ("atomic", "early_forward"))
-    _one_of("sends", machine.sends, ("asynchronous", "blocking"))
+    one_of("pairs", machine.pairs, ("atomic", "early_forward"))
+    one_of("sends", machine.sends, ("asynchronous", "blocking"))
     most = machine.max_bytes
     return (
         (
             # More ranks than fit here are refused by the core.
-            _figures(machine.rank_factor, "rank_factor", (min(p, 2**16),)),
-            _link_figures(machine.latency, "latency", p),
-            _link_figures(machine.bandwidth, "bandwidth", p),
+            numbers(machine.rank_factor, "rank_factor", (min(p, 2**16),)),
+            link_numbers(machine.latency, "latency", p),
+            link_numbers(machine.bandwidth, "bandwidth", p),
         ),
         (
-            float(_figures(machine.overlap_factor, "overlap_factor", ())[0]),
+            float(numbers(machine.overlap_factor, "overlap_factor", ())[0]),
             machine.pairs == "early_forward",
             machine.sends == "blocking",
         ),
         (
-            None if most is None else _count(most, "max_bytes", 2**53),
-            _count(max_simulations, "max_simulations"),
+            None if most is None else whole_number(most, "max_bytes", 2**53),
+            whole_number(max_simulations, "max_simulations"),
         ),
     )

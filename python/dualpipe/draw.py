@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterator
 
-    from dualpipe.schedule import Timeline
+    from dualpipe.timeline import Timeline
 
 __all__ = ["grid", "plot", "to_perfetto", "trace_slice"]
 
@@ -318,8 +318,10 @@ def _arrows(
         arrow = {"name": "message", "cat": "message", "id": number, "pid": 0}
         # Arrows attach to slices: just inside the maker's end, and at the taker's start.
         leaves = max(_on_grid(maker.end * unit_us) - 0.125, _on_grid(maker.start * unit_us))
+        # A pair's second half may have waited within its box.
+        taken = max(_on_grid(box.start * unit_us), leaves)
         yield {**arrow, "ph": "s", "tid": maker.rank, "ts": leaves}
-        yield {**arrow, "ph": "f", "bp": "e", "tid": box.rank, "ts": _on_grid(box.start * unit_us)}
+        yield {**arrow, "ph": "f", "bp": "e", "tid": box.rank, "ts": taken}
 
 
 def _boxes(timeline: Timeline) -> Iterator[_Box]:

@@ -148,6 +148,8 @@ class DualPipe(_DropIn):
     ) -> None:
         options["reduce_copies"] = reduce_copies
         super().__init__(modules, batch_dim, process_group, rank_mapping, options)
+        self.is_in_second_half = self.rank >= self.num_ranks // 2
+        self.is_middle_rank = self.rank in {self.num_ranks // 2 - 1, self.num_ranks // 2}
 
 
 class DualPipeV(_DropIn):

@@ -8,11 +8,7 @@ Times are in any one unit, the same throughout; bytes are bytes per micro-batch.
 
 from __future__ import annotations
 
-import json
-import math
-import operator
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -21,15 +17,19 @@ import numpy as np
 import numpy.typing as npt
 from eplb_rs import _core
 
-from dualpipe._values import ByValue
+from dualpipe._arguments import byte_sizes, one_of, string, whole_number
+from dualpipe._document import json_of, text_of
+from dualpipe.costs import Costs, arrays_of
 from dualpipe.errors import ScheduleError
 from dualpipe.instruction import Instruction, Kind
+from dualpipe.proof import Peaks, Proof
+from dualpipe.timeline import Timeline
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-__all__ = ["METHODS", "Costs", "Peaks", "Proof", "Schedule", "Timeline"]
+__all__ = ["METHODS", "Schedule"]
 
 METHODS: tuple[str, ...] = tuple(_core.schedule_methods())
 """Every schedule that :meth:`Schedule.generate` knows."""
@@ -37,118 +37,6 @@ METHODS: tuple[str, ...] = tuple(_core.schedule_methods())
 Transport = Literal["eager", "rendezvous", "queue"]
 
 _TRANSPORTS: tuple[Transport, ...] = ("eager", "rendezvous", "queue")
-_FORMAT = "dualpipe schedule"
-_FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Costs(ByValue):
-    """How long instructions take, and what links cost.
-
-    A single number stands for all stages, ranks or links.
-    """
-
-    forward: npt.ArrayLike = 1.0
-    """F of every stage, `[S]`."""
-    backward_input: npt.ArrayLike = 1.0
-    """I of every stage, `[S]`."""
-    backward_weight: npt.ArrayLike = 1.0
-    """W of every stage, `[S]`."""
-    backward: npt.ArrayLike | None = None
-    """B of every stage, `[S]`; by default I + W."""
-    overlap_factor: float = 1.0
-    """What an overlapped pair takes, as a part of its forward and backward one after the other."""
-    pair: npt.ArrayLike | None = None
-    """Or what it takes outright, by the stage of its forward, `[S]`."""
-    rank_factor: npt.ArrayLike = 1.0
-    """How many times slower each rank is, `[P]`."""
-    latency: npt.ArrayLike = 0.0
-    """Time from a message's last byte leaving to its being there, `[P, P]`, from and to."""
-    bandwidth: npt.ArrayLike = math.inf
-    """Bytes a unit of time, `[P, P]`, from and to."""
-    message_bytes: npt.ArrayLike = 0.0
-    """The output of a stage, and so its gradient, `[S]`."""
-
-
-@dataclass(frozen=True, eq=False)
-class Peaks(ByValue):
-    """The most that each rank holds at once, all `[P]`."""
-
-    activations: npt.NDArray[np.int64]
-    """Micro-batches times stages whose activations are alive: F done, B or W not."""
-    kept: npt.NDArray[np.int64]
-    """Of those, the most at once between I and W. I frees nothing."""
-    receive_buffers: npt.NDArray[np.int64]
-    """Receive buffers, from the post to the end of the instruction that uses them."""
-    send_buffers: npt.NDArray[np.int64]
-    """Send buffers, from the send to its wait."""
-    bytes: npt.NDArray[np.uint64]
-    """All of it together in bytes; 0 where no sizes were given."""
-
-
-@dataclass(frozen=True, eq=False)
-class Proof(ByValue):
-    """What :meth:`Schedule.verify` has shown to hold."""
-
-    peaks: Peaks
-    """What each rank holds at most."""
-    transports: tuple[str, ...]
-    """The transports under which the schedule cannot deadlock."""
-    num_messages: int
-    """Messages between ranks."""
-
-
-@dataclass(frozen=True, eq=False)
-class Timeline(ByValue):
-    """A schedule's predicted timeline.
-
-    Not modelled: launch overhead, the time of reductions and of the optimizer, interference
-    between computation and transfers, links shared by several pairs of ranks, and variation from
-    one micro-batch to the next.
-    """
-
-    schedule: Schedule = field(repr=False)
-    """The schedule."""
-    makespan: float
-    """When the last rank ends."""
-    busy: npt.NDArray[np.float64] = field(repr=False)
-    """Time that each rank computes, `[P]`."""
-    bubble_ratio: float
-    """The part of all ranks' time in which no one computes."""
-    peaks: Peaks = field(repr=False)
-    """What each rank holds at most."""
-    op: npt.NDArray[np.int64] = field(repr=False)
-    """Which instruction each computation is, of all ranks' instructions in a row, `[N]`."""
-    start: npt.NDArray[np.float64] = field(repr=False)
-    """When it starts, `[N]`."""
-    end: npt.NDArray[np.float64] = field(repr=False)
-    """When it ends, `[N]`."""
-    bounds: npt.NDArray[np.int64] = field(repr=False)
-    """Rank r's computations are `bounds[r]` to `bounds[r + 1]`, `[P + 1]`."""
-    halves: npt.NDArray[np.float64] = field(repr=False)
-    """What F and the whole backward of each stage take alone, `[2, S]`: where pictures cut pairs."""
-
-    @property
-    def idle(self) -> npt.NDArray[np.float64]:
-        """Time that each rank does not compute, from 0 to the makespan, `[P]`."""
-        return self.makespan - self.busy
-
-    @property
-    def bubble(self) -> float:
-        """The least idle time of any rank: what the schedule itself costs, in units of time."""
-        return float(self.idle.min())
-
-    def plot(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Any:
-        """Draws it; see :func:`dualpipe.draw.plot`."""
-        from dualpipe.draw import plot
-
-        return plot(self, path, **options)
-
-    def to_perfetto(self, path: str | os.PathLike[str] | None = None, **options: Any) -> str:
-        """A trace for ui.perfetto.dev; see :func:`dualpipe.draw.to_perfetto`."""
-        from dualpipe.draw import to_perfetto
-
-        return to_perfetto(self, path, **options)
 
 
 class Schedule:
@@ -207,9 +95,9 @@ class Schedule:
         """
         core = _core.Schedule.generate(
             str(method),
-            _count(num_ranks, "num_ranks"),
-            _count(num_micro_batches, "num_micro_batches"),
-            None if stages_per_rank is None else _count(stages_per_rank, "stages_per_rank"),
+            whole_number(num_ranks, "num_ranks"),
+            whole_number(num_micro_batches, "num_micro_batches"),
+            None if stages_per_rank is None else whole_number(stages_per_rank, "stages_per_rank"),
             forward_only,
             transfers,
         )
@@ -223,7 +111,7 @@ class Schedule:
             ScheduleError: ``unknown_line``, ``unknown_word``, ``unknown_place``, ``torn_pair`` or
                 ``text_ends`` with line and word; with ``check``, as :meth:`verify`.
         """
-        return cls._made(_core.Schedule.parse(_text(text, "text")), check=check)
+        return cls._made(_core.Schedule.parse(string(text, "text")), check=check)
 
     @classmethod
     def from_csv(
@@ -250,7 +138,7 @@ class Schedule:
                 ``two_ranks`` for a stage on two ranks, ``mixed_dialects``, ``idle_cells``,
                 ``no_transfers``, ``name``; with ``check``, as :meth:`verify`.
         """
-        core = _core.Schedule.from_csv(_text(csv, "csv"), name)
+        core = _core.Schedule.from_csv(string(csv, "csv"), name)
         if num_ranks is not None and core.num_ranks != num_ranks:
             raise ScheduleError(
                 code="missing_row",
@@ -268,11 +156,7 @@ class Schedule:
         Raises:
             ScheduleError: ``json`` where it is not such a document; otherwise as :meth:`parse`.
         """
-        try:
-            document = json.loads(_text(text, "json"))
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise _not_json(str(error)) from error
-        return cls._made(_core.Schedule.parse(_text_of(document)), check=check)
+        return cls._made(_core.Schedule.parse(text_of(string(text, "json"))), check=check)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, check: bool = True) -> Self:
@@ -364,7 +248,7 @@ class Schedule:
 
         Cost: O(its instructions); the first call copies those of all ranks.
         """
-        if not 0 <= _count(rank, "rank") < self.num_ranks:
+        if not 0 <= whole_number(rank, "rank") < self.num_ranks:
             raise ScheduleError(
                 code="rank",
                 argument="rank",
@@ -433,14 +317,14 @@ class Schedule:
                 got="None",
                 expected="sizes, since `max_bytes` is given",
             )
-        sizes = self._sizes(activation_bytes, message_bytes)
-        activation, message = sizes if sizes is not None else (None, None)
+        sizes = byte_sizes(activation_bytes, message_bytes, self.num_stages)
+        activation, message = (None, None) if sizes is None else sizes
         peaks, proven, num_messages = self._inner.verify(
             list(transports),
             activation,
             message,
-            None if max_activations is None else _count(max_activations, "max_activations"),
-            None if max_bytes is None else _count(max_bytes, "max_bytes", 2**53),
+            None if max_activations is None else whole_number(max_activations, "max_activations"),
+            None if max_bytes is None else whole_number(max_bytes, "max_bytes", 2**53),
         )
         return Proof(Peaks(*peaks), tuple(proven), num_messages)
 
@@ -469,8 +353,8 @@ class Schedule:
 
         Cost: O(instructions), about 40 ns each.
         """
-        _one_of("sends", sends, ("asynchronous", "blocking"))
-        _one_of("pairs", pairs, ("atomic", "early_forward"))
+        one_of("sends", sends, ("asynchronous", "blocking"))
+        one_of("pairs", pairs, ("atomic", "early_forward"))
         costs = Costs() if costs is None else costs
         if not isinstance(costs, Costs):
             raise ScheduleError(
@@ -480,32 +364,14 @@ class Schedule:
                 expected="Costs",
                 hint="write Costs(forward=..., ...)",
             )
-        s, p = self.num_stages, self.num_ranks
-
-        def per_stage(value: npt.ArrayLike, argument: str) -> npt.NDArray[np.float64]:
-            return _figures(value, argument, (s,))
-
-        forward = per_stage(costs.forward, "forward")
-        backward_input = per_stage(costs.backward_input, "backward_input")
-        backward_weight = per_stage(costs.backward_weight, "backward_weight")
-        backward = (
-            backward_input + backward_weight
-            if costs.backward is None
-            else per_stage(costs.backward, "backward")
-        )
+        given = arrays_of(costs, self.num_stages, self.num_ranks)
         makespan, busy, bubble_ratio, peaks, spans, bounds = self._inner.simulate(
-            (forward, backward, backward_input, backward_weight),
-            _figures(costs.rank_factor, "rank_factor", (p,)),
-            float(_figures(costs.overlap_factor, "overlap_factor", ())[0]),
-            None if costs.pair is None else per_stage(costs.pair, "pair"),
-            _link_figures(costs.latency, "latency", p),
-            _link_figures(costs.bandwidth, "bandwidth", p),
-            per_stage(costs.message_bytes, "message_bytes"),
+            *given,
             sends == "blocking",
             pairs == "early_forward",
-            self._sizes(activation_bytes, costs.message_bytes),
+            byte_sizes(activation_bytes, costs.message_bytes, self.num_stages),
         )
-        halves = np.stack([forward, backward])
+        halves = np.stack(given.times[:2])
         return Timeline(self, makespan, busy, bubble_ratio, Peaks(*peaks), *spans, bounds, halves)
 
     def compute_only(self) -> Schedule:
@@ -551,24 +417,13 @@ class Schedule:
         Raises:
             ScheduleError: ``bidirectional`` where stages live on two ranks, ``no_transfers``.
         """
-        _one_of("form", form, ("compute_only", "compute_comms"))
-        _one_of("dialect", dialect, ("current", "older"))
+        one_of("form", form, ("compute_only", "compute_comms"))
+        one_of("dialect", dialect, ("current", "older"))
         return self._inner.to_csv(form == "compute_comms", dialect == "older", waits)
 
     def to_json(self) -> str:
         """The schedule as JSON that :meth:`from_json` reads back."""
-        lines = self.text().splitlines()[-self.num_ranks :]
-        document = {
-            "format": _FORMAT,
-            "version": _FORMAT_VERSION,
-            "name": self.name,
-            "num_ranks": self.num_ranks,
-            "num_stages": self.num_stages,
-            "micro_batches": list(self.micro_batches),
-            "placement": self.placement.tolist(),
-            "ranks": [line.partition(":")[2].split() for line in lines],
-        }
-        return json.dumps(document)
+        return json_of(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file by its suffix: ``.csv`` (with transfers if there are any), ``.json``, text.
@@ -610,120 +465,6 @@ class Schedule:
             f"{self.num_micro_batches} micro-batches, {len(self)} instructions>"
         )
 
-    def _sizes(
-        self, activation_bytes: npt.ArrayLike | None, message_bytes: npt.ArrayLike
-    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]] | None:
-        if activation_bytes is None:
-            return None
-        shape = (self.num_stages,)
-        activation = _figures(activation_bytes, "activation_bytes", shape)
-        message = _figures(message_bytes, "message_bytes", shape)
-        for argument, sizes in (("activation_bytes", activation), ("message_bytes", message)):
-            if not np.all((sizes >= 0) & (sizes < 2.0**53)):
-                raise ScheduleError(
-                    code="sizes",
-                    argument=argument,
-                    got=str(sizes[~((sizes >= 0) & (sizes < 2.0**53))][0]),
-                    expected="0 to 2**53 bytes",
-                )
-        return activation.astype(np.uint64), message.astype(np.uint64)
-
 
 def _unpickle(text: str) -> Schedule:
     return Schedule.parse(text, check=False)
-
-
-def _count(value: object, argument: str, below: int = 2**32) -> int:
-    """A whole number that is not negative and fits the core."""
-    try:
-        count = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        count = -1
-    if isinstance(value, bool) or not 0 <= count < below:
-        raise ScheduleError(
-            code=argument, argument=argument, got=repr(value), expected="a whole number, 0 or more"
-        )
-    return count
-
-
-def _text(value: object, argument: str) -> str:
-    if not isinstance(value, str):
-        raise ScheduleError(
-            code="not_text",
-            argument=argument,
-            got=type(value).__name__,
-            expected="a str",
-            hint="Schedule.load reads files",
-        )
-    return value
-
-
-def _one_of(argument: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ScheduleError(
-            code=argument, argument=argument, got=repr(value), expected=" or ".join(known)
-        )
-
-
-def _figures(
-    value: npt.ArrayLike, argument: str, shape: tuple[int, ...]
-) -> npt.NDArray[np.float64]:
-    """Numbers of a shape, flat; a single number stands for all."""
-    try:
-        figures = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ScheduleError(
-            code="not_a_number", argument=argument, got=repr(value), expected="numbers"
-        ) from error
-    if figures.ndim == 0:
-        figures = np.full(shape, figures)
-    if figures.shape != shape:
-        raise ScheduleError(
-            code="length",
-            argument=argument,
-            got=f"shape {list(figures.shape)}",
-            expected=f"a number, or shape {list(shape)}",
-        )
-    return np.ascontiguousarray(figures).ravel()
-
-
-def _link_figures(value: npt.ArrayLike, argument: str, p: int) -> npt.NDArray[np.float64]:
-    """One figure for all links as it is; one for each, flat."""
-    single = np.ndim(value) == 0
-    return _figures(value, argument, () if single else (p, p))
-
-
-def _text_of(document: object) -> str:
-    """A JSON document as the text that the core parses, and so checks."""
-    if not isinstance(document, dict) or document.get("format") != _FORMAT:
-        raise _not_json("not a document of that format")
-    if document.get("version") != _FORMAT_VERSION:
-        raise _not_json(f"version {document.get('version')!r}, not {_FORMAT_VERSION}")
-    try:
-        return _lines_of(document)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _not_json(f"{type(error).__name__}: {error}") from error
-
-
-def _lines_of(document: Mapping[str, Any]) -> str:
-    copies = zip(document["micro_batches"], document["placement"], strict=True)
-    words = [
-        f"schedule {document['name']}",
-        f"ranks {document['num_ranks']}, stages {document['num_stages']}",
-        *(
-            f"copy {copy}: {count} micro-batches through ranks {' '.join(map(str, ranks))}"
-            for copy, (count, ranks) in enumerate(copies)
-        ),
-        *(f"rank {rank}: {' '.join(stream)}" for rank, stream in enumerate(document["ranks"])),
-    ]
-    return "\n".join(words)
-
-
-def _not_json(what: str) -> ScheduleError:
-    return ScheduleError(
-        code="json",
-        argument="json",
-        got=what,
-        expected=f"JSON with the format {_FORMAT!r}",
-        hint="Schedule.to_json writes it",
-    )

@@ -36,7 +36,7 @@ def as_load(load: LoadLike, argument: str = "load") -> Load:
         InvalidInputError: ``wrong_dtype``, ``wrong_shape``, ``empty``, ``ragged`` or, for a
             tensor that holds no numbers of its own, ``unsupported_tensor``.
     """
-    array = load if type(load) is np.ndarray else _as_array(load, argument)
+    array = load if type(load) is np.ndarray else as_array(load, argument)
     if array.ndim != 2:
         if array.ndim == 0 and array.dtype.kind not in NUMBERS:
             raise _no_array(load, argument)
@@ -82,7 +82,13 @@ def is_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _as_array(load: Any, argument: str) -> npt.NDArray[Any]:
+def as_array(load: Any, argument: str) -> npt.NDArray[Any]:
+    """An array of any shape and dtype; of a tensor, its values as float32.
+
+    Raises:
+        InvalidInputError: ``wrong_type``, ``ragged``, ``masked``, ``wrong_dtype`` or
+            ``unsupported_tensor``.
+    """
     if is_tensor(load):
         return _from_tensor(load, argument)
     if isinstance(load, np.ma.MaskedArray):
@@ -95,10 +101,15 @@ def _as_array(load: Any, argument: str) -> npt.NDArray[Any]:
                 hint="fill them in first, for example with load.filled(0)",
             )
         return np.asarray(load.data)
-    return _converted(load, argument)
+    return converted(load, argument)
 
 
-def _converted(value: Any, argument: str) -> npt.NDArray[Any]:
+def converted(value: Any, argument: str) -> npt.NDArray[Any]:
+    """What NumPy makes of a value.
+
+    Raises:
+        InvalidInputError: ``wrong_type`` or ``ragged``.
+    """
     try:
         return np.asarray(value)
     except Exception as error:  # whatever an object's own conversion raises
@@ -235,7 +246,7 @@ def as_expert_bytes(value: Any, num_layers: int) -> npt.NDArray[np.float64]:
     Raises:
         InvalidInputError: ``wrong_type``, ``wrong_shape`` or ``out_of_range``.
     """
-    array = _converted(value, "expert_bytes")
+    array = converted(value, "expert_bytes")
     if array.dtype.kind not in NUMBERS:
         raise _no_array(value, "expert_bytes")
     if array.shape not in {(), (num_layers,)}:
@@ -259,9 +270,9 @@ def as_integers(values: LoadLike, argument: str, expected: str = "of integers") 
     if is_tensor(values):
         with contextlib.suppress(Exception):  # NumPy's own attempt says what is wrong
             values = values.detach().cpu()  # type: ignore[union-attr]
-        array = _converted(values, argument)
+        array = converted(values, argument)
     else:
-        array = _as_array(values, argument)
+        array = as_array(values, argument)
     if array.dtype.kind not in "iu":
         raise InvalidInputError(
             code="wrong_dtype", argument=argument, got=f"dtype {array.dtype}", expected=expected

@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import _as_array as as_array
-from eplb_rs._inputs import as_count, as_load, as_number, is_tensor
+from eplb_rs._inputs import as_array, as_count, as_load, as_number, is_tensor
 from eplb_rs.errors import InvalidInputError
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eplb_rs import _core
-from eplb_rs._inputs import _converted, as_count, as_integers, as_load, check_int64, is_tensor
+from eplb_rs._inputs import as_count, as_integers, as_load, check_int64, converted, is_tensor
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.plan import Plan, as_plan, rank_times
 
@@ -331,7 +331,7 @@ class Shares:
 
 def _as_row(load: LoadLike) -> Load:
     """One layer's load `[E]`, as C-contiguous float32."""
-    array: Any = load if is_tensor(load) else _converted(load, "load")
+    array: Any = load if is_tensor(load) else converted(load, "load")
     if array.ndim != 1:
         raise InvalidInputError(
             code="wrong_shape",

@@ -125,3 +125,18 @@ def test_stages_must_have_the_layers_of_the_cut() -> None:
     with pytest.raises(PipelineError, match="stage 1 with 2 children") as error:
         layers_of({(1, 0): nn.Sequential(layer(), layer())}, [0, 3, 6])
     assert error.value.code == "layers"
+
+
+def test_wrong_use_is_refused_by_name(tmp_path: Path) -> None:
+    rank = Rank([0], [0, NUM_LAYERS])
+    uses = {
+        "step": lambda: rank.save(tmp_path, -1),
+        "keep": lambda: rank.save(tmp_path, 1, keep=0),
+        "bounds": lambda: layers_of({3: nn.Sequential(layer())}, [0, 1, 2]),
+        "layers": lambda: save_checkpoint(tmp_path, 1, {9: layer()}, NUM_LAYERS),
+    }
+    for argument, use in uses.items():
+        with pytest.raises(PipelineError) as caught:
+            use()
+        assert caught.value.argument == argument
+    assert not any(tmp_path.iterdir())

@@ -281,6 +281,8 @@ def mapped(rank: int, size: int) -> float:
         reduce_copies=True,
     )
     assert model.is_first_rank == (place == 0)
+    assert model.is_in_second_half == (place >= size // 2)
+    assert model.is_middle_rank == (place in {size // 2 - 1, size // 2})
     loss, out = model.step(
         both_halves(x, place, size - 1, own=True),
         num_chunks=SMALL[0],

@@ -1,10 +1,12 @@
 """The executor on GPUs: pushes and NCCL, with CUDA graphs and without, and a lost process.
 
-Two processes, each with a GPU; if there is one alone they share it, and NCCL, which cannot, is left out.
+Two processes, each with a GPU; if there is one alone they share it. NCCL can do so from version 2.30 on,
+if NCCL_MULTI_RANK_GPU_ENABLE=1; before, its tests are skipped.
 """
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import json
 import os
@@ -26,7 +28,29 @@ pytestmark = [
 MICRO_BATCHES, SIZE, SEQUENCE, HIDDEN = 20, 3, 256, 512
 LIMIT_S = 5.0
 SHARED = torch.cuda.device_count() < 2
-TRANSPORTS = ("push",) if SHARED else ("push", "nccl")
+
+
+def nccl_is_there() -> bool:
+    """Whether NCCL takes two ranks here."""
+    if not torch.cuda.is_available() or not SHARED:
+        return torch.cuda.is_available()
+    version = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and version.value >= 23000
+
+
+NCCL = nccl_is_there()
+TRANSPORTS = ("push", "nccl") if NCCL else ("push",)
+every_transport = pytest.mark.parametrize(
+    "transport",
+    [
+        "push",
+        pytest.param(
+            "nccl",
+            marks=pytest.mark.skipif(not NCCL, reason="this NCCL wants a GPU for each rank"),
+        ),
+    ],
+)
 
 
 class Block(torch.nn.Module):
@@ -96,7 +120,7 @@ def start(rank, folder):
     device = torch.device("cuda", 0 if SHARED else rank)
     torch.cuda.set_device(device)
     store = f"file://{folder}/store"
-    backend = "gloo" if SHARED else "cpu:gloo,cuda:nccl"
+    backend = "cpu:gloo,cuda:nccl" if NCCL else "gloo"
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=2)
     return device
 
@@ -254,6 +278,84 @@ def run_sums(rank, folder):
     return found
 
 
+class Traced(torch.nn.Module):
+    """Has buffers that change, and draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(HIDDEN, HIDDEN)
+        self.norm = torch.nn.BatchNorm1d(SEQUENCE)
+
+    def forward(self, x):
+        return self.norm(self.linear(x)) + 0 * torch.rand((), device=x.device)
+
+
+def run_leads(rank, folder, method):
+    """Forwards before the ranks have agreed: what stays, what is taken back; graphs and none."""
+    import torch.distributed as dist
+    from dualpipe import MismatchError, Schedule
+    from dualpipe.executor import PipelineExecutor
+
+    device = start(rank, folder)
+    x, y = batch(device)
+    schedule = Schedule.generate(method, 2, MICRO_BATCHES)
+    lines = []
+    for graphs in (False, True):
+        made = []
+        for _ in range(2):
+            torch.manual_seed(7)
+            with torch.device(device):
+                made.append(torch.nn.Sequential(*[Traced() for _ in range(schedule.num_stages)]))
+        blocks, own = made
+        stages = {s: own[s] for s, r in enumerate(schedule.placement[0]) if r == rank}
+        held = torch.nn.ModuleList(stages.values())
+        inputs = [x] if 0 in stages else []
+        labels = [y] if schedule.num_stages - 1 in stages else []
+        given = {"labels": labels, "criterion": criterion if labels else None}
+
+        def state(held=held):
+            return [b.clone() for b in held.buffers()] + [torch.cuda.get_rng_state(device)]
+
+        with PipelineExecutor(stages, schedule, graphs=graphs, limit_s=60) as executor:
+            leads = []
+            lead = executor._runner.lead
+
+            def counted(settings, lead=lead, leads=leads):
+                leads.append(settings)
+                lead(settings)
+
+            executor._runner.lead = counted
+            for step in range(8):
+                if step == 6:
+                    # The other rank disagrees, so everything is as before.
+                    before = state()
+                    num_leads = len(leads)
+                    own.zero_grad(set_to_none=True)
+                    refused = False
+                    try:
+                        with torch.set_grad_enabled(0 in stages):
+                            executor.step(*inputs, **given)
+                    except MismatchError:
+                        refused = True
+                    same = refused and all(map(torch.equal, before, state()))
+                    same = same and all(p.grad is None for p in held.parameters())
+                    led = len(leads) - num_leads == len(inputs)
+                    lines.append((method, graphs, step, "refused", same and led, 0.0))
+                for model in made:
+                    model.zero_grad(set_to_none=step % 2 == 0)
+                losses, _ = sequential(blocks, x, y)
+                result = executor.step(*inputs, **given)
+                same = torch.equal(result.losses, losses) if labels else True
+                for stage, module in stages.items():
+                    same &= all(map(torch.equal, module.buffers(), blocks[stage].buffers()))
+                worst = worst_difference(own, blocks, [(s, 0) for s in stages], 1)
+                lines.append((method, graphs, step, "trained", same, worst))
+            wanted = len(inputs) * 6
+            lines.append((method, graphs, len(leads), "leads", len(leads) == wanted, 0.0))
+    dist.destroy_process_group()
+    return lines
+
+
 def run_until_killed(rank, folder, transport):
     """Rank 1 dies within a forward of the third step; what rank 0 raises, and when."""
     from dualpipe import Schedule
@@ -318,9 +420,17 @@ def test_every_way_equals_the_sequential_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("way", ["group", "pairs"])
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@every_transport
 def test_copies_are_reduced(tmp_path: Path, transport: str, way: str) -> None:
     for lines in launched(tmp_path, "copies", transport, way):
+        assert lines is not None
+        wrong = [line for line in lines if not line[4] or abs(line[5]) > 1e-13]
+        assert not wrong
+
+
+@pytest.mark.parametrize("method", ["1f1b", "zbv"])
+def test_a_lead_is_taken_back_where_ranks_disagree(tmp_path: Path, method: str) -> None:
+    for lines in launched(tmp_path, "leads", method):
         assert lines is not None
         wrong = [line for line in lines if not line[4] or abs(line[5]) > 1e-13]
         assert not wrong
@@ -332,7 +442,7 @@ def test_pushed_sums(tmp_path: Path) -> None:
         assert all(found)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@every_transport
 def test_a_killed_process_is_named_in_time(tmp_path: Path, transport: str) -> None:
     survivor, dead = launched(tmp_path, "killed", transport)
     assert dead is None
@@ -347,6 +457,7 @@ if __name__ == "__main__":
     works = {
         "schedules": run_schedules,
         "copies": run_copies,
+        "leads": run_leads,
         "sums": run_sums,
         "killed": run_until_killed,
     }

@@ -78,6 +78,12 @@ def test_what_cannot_be_cut_is_refused(value, code):
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+def test_nothing_is_cut_where_there_are_no_micro_batches():
+    assert split([None, torch.zeros(0, 2), MicroBatches()], 0, 0, "inputs") == []
+    with pytest.raises(PipelineError, match="no micro-batches here"):
+        split([torch.zeros(3)], 0, 0, "inputs")
+
+
 def test_signatures_tell_shapes_apart():
     x = torch.zeros(2, 3)
     assert signature([x, {"a": 1}]) == signature((x + 1, {"a": 1}))

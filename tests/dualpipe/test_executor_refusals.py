@@ -124,6 +124,40 @@ def test_wrong_use_is_refused_by_name():
         ]
 
 
+UNPROVED = {
+    # Both wait for what the other would send later.
+    "deadlock": ("0F0 <0b0 0B0 0f0> 0f0!", "<1f0 1F0 1B0 1b0> 1b0!"),
+    "twice": ("0F0 0f0> <0b0 0B0 0B0 0f0!", "<1f0 1F0 1B0 1b0> 1b0!"),
+    "pairing": ("0F0 0f0> <0b0 0B0 0f0!", "1F0 1B0 1b0> 1b0!"),
+}
+
+
+def unproved(rank: int, size: int) -> list[str]:
+    """Schedules that were read without a proof are proved before they are run."""
+    codes = []
+    x = torch.ones(1, WIDTH)
+    executor = PipelineExecutor({rank: linear()}, Schedule.generate("1f1b", size, 1))
+    for lines in (*UNPROVED.values(), None):
+        schedule = None
+        if lines is not None:
+            ranks = "\n".join(f"rank {rank}: {line}" for rank, line in enumerate(lines))
+            head = "ranks 2, stages 2\ncopy 0: 1 micro-batches through ranks 0 1"
+            schedule = Schedule.parse(f"schedule s\n{head}\n{ranks}\n", check=False)
+        try:
+            executor.step(
+                *([x] if rank == 0 else []), labels=[x], criterion=squared, schedule=schedule
+            )
+        except ScheduleError as error:
+            codes.append(error.code)
+    executor.close()
+    return codes
+
+
+def test_schedules_without_a_proof_are_refused():
+    for codes in world.run(unproved, 2):
+        assert codes == list(UNPROVED)
+
+
 class Hooked(nn.Module):
     def __init__(self) -> None:
         super().__init__()

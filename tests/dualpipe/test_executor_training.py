@@ -107,6 +107,21 @@ def lone_label(rank: int, size: int) -> float:
     return (given[0][0] - given[1][0]).abs().max().item()
 
 
+def lone_micro_batch(rank: int, size: int) -> float:
+    """Of schedules with two copies of the stages, one has nothing to do."""
+    worst = 0.0
+    for method in ("dualpipe", "chimera"):
+        schedule = Schedule.generate(method, size, 1)
+        expected = perceptrons(size)
+        losses, _ = sequential(expected, rows(1))
+        part = Part(rank, perceptrons(size), schedule)
+        result = part.step(rows(1), return_outputs=True)
+        worst = max(worst, part.check(result, losses, expected))
+        assert (result.outputs is None) == (result.losses is None)
+        part.executor.close()
+    return worst
+
+
 def every(rank: int, size: int) -> dict[str, float]:
     return {
         part.__name__: part(rank, size) for part in (thawed, switched, default_device, lone_label)

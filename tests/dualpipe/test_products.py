@@ -146,6 +146,31 @@ def test_who_listens_is_left_to_autograd(run) -> None:
     assert added == [module[0].weight]
 
 
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_vectors_are_left_to_the_input_part(needs_grad: bool) -> None:
+    """Then it frees what it has used as it goes, and the weight part is products alone."""
+    torch.manual_seed(0)
+    module = nn.Sequential(Block(), Block())
+    x, grad = torch.randn(2, 4, WIDTH, requires_grad=needs_grad), torch.randn(2, 4, WIDTH)
+    module(x).backward(grad)
+    wanted = {name: p.grad for name, p in module.named_parameters()}
+    x.grad = None
+    module.zero_grad()
+    output = module(x)
+    product = output.grad_fn.next_functions[1][0].next_functions[0][0]
+    assert product._saved_self is not None
+    _, rest = StageBackward(products=True).input_part([output], [grad], [x])
+    assert rest.why is None
+    late = {name for name, p in module.named_parameters() if p.grad is None}
+    assert late == {f"{block}.{name}.weight" for block in (0, 1) for name in ("wide", "narrow")}
+    # The graph has been let go of.
+    with pytest.raises(RuntimeError, match="second time"):
+        _ = product._saved_self
+    rest.run()
+    for name, parameter in module.named_parameters():
+        assert published_difference(parameter.grad, wanted[name]) < 1e-13
+
+
 @pytest.mark.parametrize("run", [whole, in_parts])
 def test_an_input_that_was_overwritten_is_noticed(run) -> None:
     module = nn.Linear(WIDTH, WIDTH, bias=False)

@@ -361,6 +361,17 @@ def test_perfetto(tmp_path) -> None:
     assert max(counts) == timeline.peaks.activations.max()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_traces_of_pairs_whose_second_half_waits(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    forward, whole = random.uniform(0.8, 1.2, 4), random.uniform(1.6, 2.4, 4)
+    costs = Costs(
+        forward=forward, backward=whole, backward_input=1.0, backward_weight=1.0, latency=0.1
+    )
+    timeline = Schedule.generate("dualpipev", 2, 8).simulate(costs, pairs="early_forward")
+    check_trace(timeline.to_perfetto())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_traces_show_all_of_odd_times(method: str) -> None:
     schedule = Schedule.generate(method, 4, 8)

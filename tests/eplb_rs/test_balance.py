@@ -6,7 +6,6 @@ Letters: L layers, E logical experts, R slots, D ranks.
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import eplb_rs
 import numpy as np
@@ -17,6 +16,7 @@ from eplb_rs.loads import read_loads
 from hypothesis import given
 from hypothesis import strategies as st
 from placements import check
+from recordings import DEEPSEEK_R1
 
 
 def lognormal(sigma: float, layers: int = 58, experts: int = 256) -> npt.NDArray[np.float32]:
@@ -41,9 +41,6 @@ def test_ranks_are_even(gpus: int, slots: int, sigma: float, want: float, gap: f
     check(plan)
     assert plan.balance >= want
     assert plan.gap <= gap
-
-
-DEEPSEEK_R1 = Path(__file__).parents[2] / "examples" / "data" / "deepseek_r1_1k1k.json"
 
 
 @pytest.mark.parametrize(

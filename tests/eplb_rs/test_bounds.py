@@ -6,15 +6,13 @@ Letters: L layers, E logical experts, R slots, D ranks.
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from eplb_rs import Plan, Planner, Topology
 from eplb_rs.loads import read_loads
-
-DEEPSEEK_R1 = Path(__file__).parents[2] / "examples" / "data" / "deepseek_r1_1k1k.json"
+from recordings import DEEPSEEK_R1
 
 
 def load_named(name: str) -> npt.NDArray[np.float32]:

@@ -10,11 +10,10 @@ from pathlib import Path
 import eplb_rs
 import numpy as np
 import pytest
+import recordings
 from eplb_rs import cli
 
-DATA = Path(__file__).parents[2] / "examples" / "data"
-DEEPSEEK_R1 = str(DATA / "deepseek_r1_1k1k.json")
-ESFT = str(DATA / "esft_v2lite_load_history_w256.json")
+DEEPSEEK_R1, ESFT = str(recordings.DEEPSEEK_R1), str(recordings.ESFT)
 SHAPE = (
     "--gpus",
     "32",

@@ -6,27 +6,21 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
-from pathlib import Path
 
 import eplb_rs
 import numpy as np
 import pytest
 from eplb_rs.loads import read_loads
 from eplb_rs.report import Report
+from recordings import deepseek_r1_report
 
 pytest.importorskip("matplotlib", reason="draws")
 from eplb_rs import draw
 
-DATA = Path(__file__).parents[2] / "examples" / "data"
-
 
 @pytest.fixture(scope="module")
 def report():
-    trace = read_loads(DATA / "deepseek_r1_1k1k.json")
-    topology = eplb_rs.Topology(num_nodes=4, gpus_per_node=8, slots_per_gpu=9)
-    planner = eplb_rs.Planner(topology, num_groups=8, policy="deepseek")
-    plan = planner.plan(trace.total, layer_ids=trace.layer_ids)
-    return Report(plan=plan, trace=trace)
+    return deepseek_r1_report()
 
 
 def test_heat_maps_show_loads_over_their_layer_mean(report):
@@ -135,9 +129,12 @@ def test_any_shape(layers, experts, topology, tmp_path):
     assert (tmp_path / "plan.png").stat().st_size > 5000
 
 
-def test_zero_load(tmp_path):
+def test_zero_load_is_drawn_as_even():
     plan = eplb_rs.Planner(eplb_rs.Topology(1, 2, 3)).plan(np.zeros((2, 4)))
-    draw.save(Report(plan=plan), tmp_path / "plan.html")
+    report = Report(plan=plan)
+    assert "1.0000" in Page(draw.page(report)).cells
+    for axis in draw.figure(report).axes[:2]:
+        assert (axis.images[0].get_array() == 1.0).all()
 
 
 def test_matplotlib_is_left_as_it_was(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import eplb_rs
 import numpy as np
@@ -11,8 +11,10 @@ import pytest
 from eplb_rs import InvalidInputError, Planner, Topology, cli, explain
 from eplb_rs.explanation import BINDINGS
 from eplb_rs.loads import read_loads
+from recordings import DEEPSEEK_R1
 
-DEEPSEEK_R1 = Path(__file__).parents[2] / "examples" / "data" / "deepseek_r1_1k1k.json"
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def only(topology: Topology, load: list[float], groups: int = 1) -> eplb_rs.Explanation:

@@ -3,7 +3,6 @@
 import pickle
 import threading
 from itertools import permutations
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +12,7 @@ from eplb_rs.loads import read_loads
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-
-ESFT = Path(__file__).parents[2] / "examples" / "data" / "esft_v2lite_load_history_w256.json"
+from recordings import ESFT
 
 ESTIMATORS = [*BACKTESTED, "backtest", "average", "exponential", "trend", "average:3", "trend:2"]
 

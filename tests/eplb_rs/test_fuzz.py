@@ -93,7 +93,7 @@ def test_a_fault_is_found_and_can_be_repeated(
 ) -> None:
     monkeypatch.setattr(eplb_rs, "rebalance_experts", misbehaving(fault))
     if fault == "slow":
-        monkeypatch.setattr(fuzz, "LIMIT_SECONDS", 0.5)
+        monkeypatch.setattr("fuzzing.case.LIMIT_SECONDS", 0.5)
     with pytest.raises(fuzz.FuzzError) as caught:
         fuzz.run(count=20_000, seed=3)
     found = str(caught.value)

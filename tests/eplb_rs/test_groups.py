@@ -6,7 +6,6 @@ Letters: L layers, E logical experts, R slots, D ranks.
 from __future__ import annotations
 
 import pickle
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +15,8 @@ from eplb_rs.loads import read_loads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from placements import arrivals, check
+from recordings import DEEPSEEK_R1
 
-DEEPSEEK_R1 = Path(__file__).parents[2] / "examples" / "data" / "deepseek_r1_1k1k.json"
 NODES = Topology(4, 8, 9)
 
 

@@ -15,10 +15,7 @@ import numpy as np
 import pytest
 from eplb_rs.loads import read_loads
 from eplb_rs.loads.file import LoadFile
-
-DATA = Path(__file__).parents[2] / "examples" / "data"
-DEEPSEEK_R1 = DATA / "deepseek_r1_1k1k.json"
-ESFT = DATA / "esft_v2lite_load_history_w256.json"
+from recordings import DEEPSEEK_R1, ESFT
 
 LOAD = np.arange(1, 25).reshape(2, 3, 4)  # 2 windows, 3 layers, 4 experts
 

@@ -12,6 +12,7 @@ import world
 torch = pytest.importorskip("torch")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+ROUTINGS = ("uniform", "nearest", "shares")
 
 
 def example():
@@ -37,10 +38,11 @@ def replayed(rank, ranks, layers, routings, texts):
         return forward(rows, *others)
 
     module.experts_forward = counting
+    replays = []
     for routing in routings:
         chosen = settings(ranks, layers, routing=routing, max_moves=0.3)
         replay = example().Replay(chosen)
-        for window in list(example().read_windows(chosen))[:texts]:
+        for text, window in enumerate(list(example().read_windows(chosen))[:texts]):
             computed.clear()
             row = replay.window(window)
             assert computed[:layers] == row.before_LD[:, rank].tolist()
@@ -50,6 +52,8 @@ def replayed(rank, ranks, layers, routings, texts):
             for tokens_LD in (row.before_LD, row.after_LD):
                 np.testing.assert_array_equal(tokens_LD.sum(axis=1), sent)
             check(row)
+            replays.append((text, routing))
+    return replays
 
 
 def check(row):
@@ -61,17 +65,10 @@ def check(row):
     assert balance(row.after_LD) == pytest.approx(row.promised, abs=0.05)
 
 
-@pytest.mark.parametrize(("ranks", "layers", "texts"), [(4, 6, 2), (8, 3, 2)])
-def test_every_rank_gets_what_was_predicted(ranks, layers, texts):
-    """The program itself compares slot by slot in every pass, also while experts move."""
-    routings = ("uniform", "nearest", "shares")
-    world.run(replayed, ranks, layers, routings, texts)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [4, 8])
 def test_all_texts_through_all_layers(ranks):
-    world.run(replayed, ranks, 26, ("uniform", "nearest", "shares"), 4, limit_s=1800)
+    world.run(replayed, ranks, 26, ROUTINGS, 4, limit_s=1800)
 
 
 def wrongly_predicted(rank, ranks):
@@ -87,8 +84,30 @@ def wrongly_predicted(rank, ranks):
     return None
 
 
-def test_another_number_of_tokens_stops_it():
-    for message in world.run(wrongly_predicted, 2):
+LAYERS = {4: 6, 8: 3}
+
+
+def replay(rank, ranks):
+    if ranks == 2:
+        return wrongly_predicted(rank, ranks)
+    return replayed(rank, ranks, LAYERS[ranks], ROUTINGS, 2)
+
+
+@pytest.fixture(scope="module")
+def told():
+    """What each rank has to say, in each world."""
+    return world.run_each(replay, [2, *LAYERS])
+
+
+@pytest.mark.parametrize("ranks", LAYERS)
+def test_every_rank_gets_what_was_predicted(told, ranks):
+    """The program itself compares slot by slot in every pass, also while experts move."""
+    for rank, replays in enumerate(told[ranks]):
+        assert replays == [(text, routing) for routing in ROUTINGS for text in range(2)], rank
+
+
+def test_another_number_of_tokens_stops_it(told):
+    for message in told[2]:
         assert re.fullmatch(r"slot \d+ of layer \d+ got \d+ tokens, \d+ were predicted", message)
 
 

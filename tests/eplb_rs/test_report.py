@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import eplb_rs
 import numpy as np
@@ -10,17 +9,12 @@ import pytest
 from eplb_rs._words import duration, id_ranges, printable, quantity
 from eplb_rs.loads import read_loads
 from eplb_rs.report import PlanningTime, Report, Style, placement_before
-
-DATA = Path(__file__).parents[2] / "examples" / "data"
+from recordings import ESFT, deepseek_r1_report
 
 
 @pytest.fixture(scope="module")
 def report():
-    trace = read_loads(DATA / "deepseek_r1_1k1k.json")
-    topology = eplb_rs.Topology(num_nodes=4, gpus_per_node=8, slots_per_gpu=9)
-    planner = eplb_rs.Planner(topology, num_groups=8, policy="deepseek")
-    plan = planner.plan(trace.total, layer_ids=trace.layer_ids)
-    return Report(plan=plan, trace=trace, time=PlanningTime(512.3, 100), assumed={"--nodes": 4})
+    return deepseek_r1_report(time=PlanningTime(512.3, 100), assumed={"--nodes": 4})
 
 
 def small(load, topology, **options):
@@ -195,7 +189,7 @@ def test_zero_load():
 
 
 def test_windows_are_named():
-    trace = read_loads(DATA / "esft_v2lite_load_history_w256.json", windows="30:34")
+    trace = read_loads(ESFT, windows="30:34")
     plan = eplb_rs.Planner(eplb_rs.Topology(1, 8, 9)).plan(trace.total)
     text = Report(plan=plan, trace=trace).text()
     assert "windows 30-33 of 129 (law, translation), summed" in text

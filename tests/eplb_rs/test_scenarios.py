@@ -1,7 +1,5 @@
 """Plans for several scenarios: good in the next window, few moves, the same everywhere."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from eplb_rs import InvalidInputError, Plan, Planner, Topology
@@ -10,14 +8,13 @@ from eplb_rs.scenarios import Outlook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from placements import arrivals, check
-
-TRACE = Path(__file__).parents[2] / "examples/data/esft_v2lite_load_history_w256.json"
+from recordings import ESFT
 
 
 @pytest.fixture(scope="module")
 def windows():
     """The trace in windows of 1,024 tokens, every sixth layer: `[32, 5, 64]`."""
-    loads = read_loads(TRACE).loads[:128]
+    loads = read_loads(ESFT).loads[:128]
     return loads.reshape(32, 4, 26, 64).sum(axis=1)[:, ::6].astype(np.float32)
 
 

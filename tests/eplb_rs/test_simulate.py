@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +16,10 @@ from eplb_rs.shares import Splitter
 from eplb_rs.simulate import Links, simulate
 from eplb_rs.simulate_page import page
 from eplb_rs.simulate_report import SimulationReport
+from recordings import ESFT
 from reference import rebalance_experts
 from scipy.optimize import linprog
 
-ESFT = Path(__file__).parents[2] / "examples" / "data" / "esft_v2lite_load_history_w256.json"
 LINKS = Links(17.3e6, 400.0, 50.0)
 
 

@@ -101,7 +101,7 @@ class Paused:
 
     def __init__(self) -> None:
         self.planner = Planner(Topology(1, 2048, 2), release_gil=True)
-        self.load = np.tile(load(0, num_layers=64, num_experts=2048), (12, 1))
+        self.load = np.tile(load(0, num_layers=16, num_experts=2048), (24, 1))
         self.out: PlanBuffers = self.planner.allocate(len(self.load), 2048, 0)
         self.out.phy2log.fill(-7)
         # Never lets go, so that it is not found in the buffers itself.
@@ -136,6 +136,11 @@ class Paused:
         self.thread.join(60)
         assert not self.thread.is_alive()
 
+    def wrote_plan_of(self, load: npt.NDArray[np.float32]) -> bool:
+        """Whether the buffers hold the plan of a load, which repeats itself after 16 layers."""
+        once = self.planner.plan(load[:16]).phy2log
+        return np.array_equal(self.out.phy2log, np.tile(once, (len(load) // 16, 1)))
+
 
 def test_buffers_in_use_are_refused_and_not_yet_written() -> None:
     with Paused() as paused:
@@ -147,7 +152,7 @@ def test_buffers_in_use_are_refused_and_not_yet_written() -> None:
         assert paused.thread.is_alive(), "it ended before it was watched"
     assert unwritten, "buffers are written at the end, while nobody else runs"
     assert (paused.out.phy2log >= 0).all()
-    assert paused.planner.plan(paused.load).phy2log.tobytes() == paused.out.phy2log.tobytes()
+    assert paused.wrote_plan_of(paused.load)
 
 
 def test_a_load_that_changes_while_it_is_planned_does_no_harm() -> None:
@@ -156,7 +161,7 @@ def test_a_load_that_changes_while_it_is_planned_does_no_harm() -> None:
         before = paused.load.copy()
         paused.load[:] = np.nan
         assert paused.thread.is_alive(), "it ended before it was watched"
-    assert paused.planner.plan(before).phy2log.tobytes() == paused.out.phy2log.tobytes()
+    assert paused.wrote_plan_of(before)
 
 
 @pytest.fixture

@@ -128,8 +128,13 @@ class StageBackward:
         for hook in hooks:
             hook.remove()
 
-    def _add(self, product: Product, grads: tuple[torch.Tensor | None, ...]) -> None:
-        product.add(grads[0])
+    def _add(
+        self,
+        product: Product,
+        grads: tuple[torch.Tensor | None, ...],
+        factor: torch.Tensor | None = None,
+    ) -> None:
+        product.add(grads[0], product.factor if factor is None else factor)
         if self.added is not None:
             self.added(product.weight)
 
@@ -160,8 +165,10 @@ class StageBackward:
             return [_taken(tensor) for tensor in inputs], WeightPart(why=found.why)
         work = _Weights(found, grads, retain_graph, self._add)
         wanted = (*leaves, *found.prompt)
-        _engine(roots, grads, wanted, keep=True)
-        if not retain_graph:
+        # What products need they hold; otherwise the joints will be run again.
+        keep = retain_graph or not found.only_products
+        _engine(roots, grads, wanted, keep=keep)
+        if keep and not retain_graph:
             _free(found.path)
         rest = work.run if found.joints or found.roots else None
         return [_taken(tensor) for tensor in inputs], WeightPart(rest, found.why)
@@ -199,18 +206,48 @@ class _Weights:
         found: Cut,
         grads: list[torch.Tensor],
         retain_graph: bool,
-        add: Callable[[Product, tuple[torch.Tensor | None, ...]], None],
+        add: Callable[..., None],
     ) -> None:
         self._joints = found.joints
+        self._only_products = found.only_products
         self._add = add
         self._outputs = [(edge, grads[position], branch) for position, edge, branch in found.roots]
         self._retain = retain_graph
         self._arrived: list[tuple[torch.Tensor | None, ...]] = [()] * len(found.joints)
         self._order: list[int] = []
+        self._factors: dict[int, torch.Tensor] = {}
+        """The left factors of the joints that are products."""
         for number, joint in enumerate(found.joints):
-            joint.node.register_prehook(partial(_keep, self._arrived, self._order, number))
+            joint.node.register_prehook(partial(self._keep, number))
+
+    def _keep(self, number: int, grads: tuple[torch.Tensor | None, ...]) -> None:
+        self._arrived[number] = grads
+        self._order.append(number)
+        product = self._joints[number].product
+        if product is not None:
+            self._factors[number] = product.factor
 
     def run(self) -> None:
+        if self._only_products:
+            for number in self._order:
+                self._run_product(number)
+                self._let_go(number)
+        else:
+            self._run_in_engine()
+        if not self._retain:
+            self._joints, self._outputs = [], []
+
+    def _run_product(self, number: int) -> None:
+        product = self._joints[number].product
+        if product is not None:
+            self._add(product, self._arrived[number], self._factors[number])
+
+    def _let_go(self, number: int) -> None:
+        if not self._retain:
+            self._arrived[number] = ()
+            self._factors.pop(number, None)
+
+    def _run_in_engine(self) -> None:
         # Within a task of the engine, a node that is called computes only the edges that the task
         # wants. This task wants those into branches, reaches none of them, and calls the joints.
         start = torch.zeros((), device="cpu", requires_grad=True)
@@ -219,19 +256,16 @@ class _Weights:
         wanted: tuple[torch.Tensor | GradientEdge, ...] = (start, *edges)
         with _RECOMPUTE_ONCE():
             _engine([start], [start.detach()], wanted, keep=True, accumulate=False)
-        self._joints, self._outputs = [], []
 
-    def _run_joints(self, _: torch.Tensor) -> None:
+    def _run_joints(self, _start: torch.Tensor) -> None:
         ready = _Ready(self._retain)
         for edge, grad, branch in self._outputs:
             ready.add(edge, grad, branch)
         for number in self._order:
-            node, edges, product = self._joints[number]
-            if product is not None:
-                self._add(product, self._arrived[number])
+            self._run_product(number)
+            node, edges, _ = self._joints[number]
             grads = node(*self._arrived[number]) if edges else ()  # type: ignore[operator]
-            if not self._retain:
-                self._arrived[number] = ()
+            self._let_go(number)
             for position, edge, branch in edges:
                 ready.add(edge, grads[position], branch)
             del grads
@@ -272,16 +306,6 @@ class _Ready:
             parameters = tuple(self._parameters.values())
             _engine(self._edges, self._grads, parameters, keep=self._retain)
         self._clear()
-
-
-def _keep(
-    arrived: list[tuple[torch.Tensor | None, ...]],
-    order: list[int],
-    number: int,
-    grads: tuple[torch.Tensor | None, ...],
-) -> None:
-    arrived[number] = grads
-    order.append(number)
 
 
 def _call_all(functions: list[Callable[[], Any]]) -> None:

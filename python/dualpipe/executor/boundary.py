@@ -145,7 +145,7 @@ def dry_forward(
     Tensors among its arguments, buffers and the state of the random generators are as they were
     afterwards; forward hooks fire, and what else a module changes in its forward stays changed.
     """
-    buffers = Buffers([module])
+    buffers = Buffers.of([module])
     given = [_copy(value) for value in inputs]
     named = {name: _copy(value) for name, value in kwargs.items()}
     try:

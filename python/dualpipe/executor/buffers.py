@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable
+    from collections.abc import Iterable
 
     from torch import nn
 
@@ -20,20 +20,21 @@ class Buffers:
     A module may write into a buffer, or put another tensor in its place.
 
     Args:
-        modules: Theirs, and those of the modules inside.
-        only: Of these, by module and name; all by default.
+        which: By module and name.
     """
 
-    def __init__(
-        self, modules: Iterable[nn.Module], only: Container[tuple[nn.Module, str]] | None = None
-    ) -> None:
-        self._held = {
-            (owner, name): (buffer, None if buffer is None else buffer.detach().clone())
-            for module in modules
-            for owner in module.modules()
-            for name, buffer in owner._buffers.items()
-            if only is None or (owner, name) in only
-        }
+    def __init__(self, which: Iterable[tuple[nn.Module, str]]) -> None:
+        self._held = {}
+        for owner, name in which:
+            buffer = owner._buffers.get(name)
+            content = None if buffer is None else buffer.detach().clone()
+            self._held[owner, name] = buffer, content
+
+    @classmethod
+    def of(cls, modules: Iterable[nn.Module]) -> Buffers:
+        """All buffers of modules, and of the modules inside."""
+        owners = (owner for module in modules for owner in module.modules())
+        return cls((owner, name) for owner in owners for name in owner._buffers)
 
     def changed(self) -> set[tuple[nn.Module, str]]:
         """Those that are other tensors now, or hold something else.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,18 @@ def layers_of(stages: Mapping[Any, nn.Module], bounds: Sequence[int]) -> dict[in
             :attr:`dualpipe.choice.Partition.bounds`.
 
     Raises:
-        PipelineError: ``layers``, where a stage has another number of children.
+        PipelineError: ``layers``, where a stage has another number of children, or no bounds.
     """
     found: dict[int, nn.Module] = {}
     for key, module in stages.items():
         stage = key[0] if isinstance(key, tuple) else key
+        if not 0 <= stage < len(bounds) - 1:
+            raise PipelineError(
+                code="layers",
+                argument="bounds",
+                got=f"{len(bounds)} bounds",
+                expected=f"at least {stage + 2}, since there is a stage {stage}",
+            )
         numbers = range(bounds[stage], bounds[stage + 1])
         children = list(module.children())
         if len(children) != len(numbers):
@@ -78,7 +86,24 @@ def save_checkpoint(
 
     Raises:
         OSError: The folder cannot be written to.
+        PipelineError: ``step``, ``keep``, ``layers``.
     """
+    counts: list[tuple[str, object, int]] = [("step", step, 0), ("keep", keep, 1)]
+    for name, value, least in counts:
+        if not isinstance(value, Integral) or int(value) < least:
+            raise PipelineError(
+                code=name,
+                argument=name,
+                got=repr(value),
+                expected=f"a whole number, {least} or more",
+            )
+    if not all(number in range(num_layers) for number in layers):
+        raise PipelineError(
+            code="layers",
+            argument="layers",
+            got=f"layers {sorted(layers)}",
+            expected=f"some of 0 to {num_layers - 1}",
+        )
     folder = Path(folder)
     target = _step_folder(folder, step)
     target.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,11 @@ class Joint(NamedTuple):
 class Cut(NamedTuple):
     """A graph, cut."""
 
+    @property
+    def only_products(self) -> bool:
+        """Whether nothing but products is left to the weight part."""
+        return not self.roots and not any(joint.edges for joint in self.joints)
+
     joints: list[Joint]
     roots: list[tuple[int, GradientEdge, Branch]]
     """Outputs that lie in a branch, with their positions."""
@@ -160,7 +165,9 @@ def cut(
     Args:
         outputs: Where the backward starts.
         inputs: Whose gradients the input part computes.
-        products: Whether products may add weight gradients by themselves.
+        products: Whether products may add weight gradients by themselves. The input part then
+            computes those of vectors, of norms and biases, as well: that costs less than to run
+            their joints again, and lets it free what it has used.
     """
     graph = _Graph(edge.node for edge in outputs)
     for node in graph.custom:
@@ -186,11 +193,13 @@ def cut(
             return branches[start]
         beside = graph.beside(start, path)
         found = [_variable(node) for node in beside if isinstance(node, _ACCUMULATE)]
-        why = _not_left(graph, beside, path, ends)
-        branch = Branch(found) if found and why is None else None
-        if found and why is not None:
+        light = products and all(variable.ndim < 2 for variable in found)
+        why = None if light else _not_left(graph, beside, path, ends)
+        branch = Branch(found) if found and why is None and not light else None
+        if found and branch is None:
             prompt.extend(found)
-            reasons[why] = reasons.get(why, 0) + len(found)
+            if why is not None:
+                reasons[why] = reasons.get(why, 0) + len(found)
         branches.update(dict.fromkeys(beside, branch))
         return branch
 

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.distributed_c10d import Store
 
+    from dualpipe.costs import Costs
     from dualpipe.executor.transport.base import PairSum, TensorSpec, Transport
-    from dualpipe.schedule import Costs, Schedule
+    from dualpipe.schedule import Schedule
 
 __all__ = ["PipelineExecutor"]
 
@@ -204,6 +205,7 @@ class PipelineExecutor:
         Raises:
             PipelineError: On every rank, before anything is sent, where an argument cannot be;
                 ``boundary`` where a stage returns other shapes than those agreed on.
+            ScheduleError: Likewise, where the schedule cannot be run to its end.
             MismatchError: Ranks do not agree on the schedule, mode or boundaries.
             PeerLostError: A rank is gone, stopped, too late, or has raised. Every rank raises it,
                 at most ``limit_s`` and 2 s after; it names the ranks at fault.

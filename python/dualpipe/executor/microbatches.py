@@ -86,6 +86,16 @@ def _column(
             expected=f"a tensor with dimension {batch_dim}, along which batches are cut",
             hint="MicroBatches takes values that are cut already",
         )
+    if not num_micro_batches:
+        if value.shape[batch_dim]:
+            raise PipelineError(
+                code="batch_size",
+                argument=argument,
+                got=f"{value.shape[batch_dim]} rows along dimension {batch_dim}",
+                expected="None, since the schedule has no micro-batches here",
+                hint="with an odd number, copies of the stages have different numbers of them",
+            )
+        return []
     if value.shape[batch_dim] < num_micro_batches:
         raise PipelineError(
             code="batch_size",

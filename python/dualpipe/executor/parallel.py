@@ -29,12 +29,11 @@ def why_whole(module: nn.Module) -> str | None:
     return None
 
 
-def syncing(modules: Iterable[nn.Module]) -> bool:
-    """Whether any module would average its gradients over other ranks in every backward."""
+def syncing(parts: Iterable[nn.Module]) -> bool:
+    """Whether any of these modules would average its gradients over other ranks in every backward."""
     return any(
         isinstance(part, DistributedDataParallel) and part.require_backward_grad_sync
-        for module in modules
-        for part in module.modules()
+        for part in parts
     )
 
 

@@ -90,15 +90,21 @@ class Places:
 
         What crosses boundaries, and which gradients come back, may follow from it.
 
-        Cost: 1.5 us a parameter.
+        Cost: .3 us a parameter.
         """
-        modules = [stage.module for stage in self.stages.values()]
+        training = tuple(stage.module.training for stage in self.stages.values())
+        if not with_gradients:
+            return (training,)
         learning = (
-            bytes(parameter.requires_grad for parameter in module.parameters())
-            for module in modules
-            if with_gradients
+            bytes(
+                parameter.requires_grad
+                for module in stage.modules
+                for parameter in module._parameters.values()
+                if parameter is not None
+            )
+            for stage in self.stages.values()
         )
-        return tuple(module.training for module in modules), *learning
+        return training, *learning
 
     @cached_property
     def device(self) -> torch.device:

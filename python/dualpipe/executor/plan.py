@@ -109,8 +109,8 @@ class Batch:
             key: split_mapping(_kwargs_of(key, kwargs), counts[key[1]], batch_dim) for key in stages
         }
 
-        without = [copy for copy in first if not given and not any(self.kwargs[0, copy])]
-        if without:
+        entering = [copy for copy in first if counts[copy]]
+        if not given and any(not any(self.kwargs[0, copy]) for copy in entering):
             raise PipelineError(
                 code="inputs",
                 argument="inputs",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from dualpipe.errors import PipelineError
+from dualpipe.errors import PipelineError, ScheduleError
 from dualpipe.executor.boundary import given_boundaries
 from dualpipe.executor.microbatches import signature
 from dualpipe.executor.parallel import syncing
@@ -185,8 +185,8 @@ class Planner:
                 expected="one with backwards",
                 hint="it is for steps under torch.no_grad()",
             )
-        if schedule.num_micro_batches > 1 and syncing(
-            s.module for s in self._places.stages.values()
+        if schedule.num_micro_batches > 1 and any(
+            syncing(stage.modules) for stage in self._places.stages.values()
         ):
             raise PipelineError(
                 code="gradient_sync",
@@ -237,6 +237,7 @@ class Planner:
             schedule = schedule.forward_only()
         if not schedule.has_transfers:
             schedule = schedule.place_transfers()
+        _prove(schedule)
         boundaries: Mapping[tuple[int, int], Sequence[Boundary]]
         placement = schedule.placement.tolist()
         crosses = any(len(set(row)) > 1 for row in placement)
@@ -266,6 +267,19 @@ class Planner:
             content = hashlib.blake2b(schedule.text().encode(), digest_size=8).hexdigest()
             known = self._digests[id(schedule)] = schedule, f"{schedule!r} {content}"
         return known[1]
+
+
+def _prove(schedule: Schedule) -> None:
+    """Refuses what was read without a proof, and would wait for ever or add gradients twice.
+
+    Raises:
+        ScheduleError: As :meth:`Schedule.verify`.
+    """
+    try:
+        schedule.verify(transports=("eager",))
+    except ScheduleError as error:
+        if error.code != "reduction":  # the executor reduces at the end what no instruction has
+            raise
 
 
 def _autocast(device: torch.device) -> str | None:

@@ -47,12 +47,18 @@ class Product(NamedTuple):
     """As what the node has saved the left factor."""
     alpha: float
 
+    @property
+    def factor(self) -> torch.Tensor:
+        """The left factor, as long as the node has it."""
+        saved: torch.Tensor = getattr(self.node, f"_saved_{self.left}")
+        return saved
+
     @torch.no_grad()
-    def add(self, grad: torch.Tensor | None) -> None:
-        """Adds the weight's gradient, from that of the product."""
+    def add(self, grad: torch.Tensor | None, left: torch.Tensor) -> None:
+        """Adds the weight's gradient, from that of the product and the left factor."""
         if grad is None:
             return
-        left, weight = getattr(self.node, f"_saved_{self.left}"), self.weight
+        weight = self.weight
         first, second = (grad.t(), left) if self.transposed else (left.t(), grad)
         if weight.grad is not None:
             weight.grad.addmm_(first, second, alpha=self.alpha)

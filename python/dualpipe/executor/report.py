@@ -17,17 +17,18 @@ import numpy as np
 import numpy.typing as npt
 
 from dualpipe.choice import Layers, Machine
+from dualpipe.costs import Costs
 from dualpipe.draw import trace_slice
 from dualpipe.errors import PipelineError
 from dualpipe.executor.timeline import Span, plain_kind
 from dualpipe.instruction import Kind
-from dualpipe.schedule import Costs
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping, Sequence
 
-    from dualpipe.schedule import Schedule, Timeline
+    from dualpipe.schedule import Schedule
+    from dualpipe.timeline import Timeline
 
 __all__ = ["StepReport"]
 

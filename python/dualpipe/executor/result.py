@@ -38,6 +38,7 @@ def result_of(
         first = (stage for stage in stages if stage.is_first)
         batch.give_back([grad for s in first for grads in s.given_grads for grad in grads])
     outputs = None
-    if last and settings.return_outputs:
-        outputs = merge([result for stage in last for result in stage.results], batch_dim)
+    results = [result for stage in last for result in stage.results]
+    if results and settings.return_outputs:
+        outputs = merge(results, batch_dim)
     return StepResult(torch.stack(losses) if losses else None, outputs)

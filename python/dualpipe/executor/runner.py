@@ -81,8 +81,7 @@ class Runner:
     def leads(self, plan: Plan) -> bool:
         """Whether a step may be started before the ranks have agreed on it."""
         ready = plan is self._prepared and self._num_runs >= _STEADY
-        # On GPUs nobody has seen yet that captured graphs bear it.
-        if not ready or not self._entrances or self._device.type != "cpu":
+        if not ready or not self._entrances:
             return False
         if self._seen is not None:
             self._changing = self._seen.changed()
@@ -107,7 +106,7 @@ class Runner:
         """Runs what comes before the first transfer."""
         assert self.stream is not None
         generators = [] if settings.seed else _generators(self._device)
-        self._before = generators, Buffers(self._entrances, self._changing)
+        self._before = generators, Buffers(self._changing)
         with _on(self._device):
             self.stream.run_lead()
 
@@ -118,6 +117,7 @@ class Runner:
             if generators:
                 _restore(generators, self._device)
             buffers.restore()
+            self._graphs.undo()
         self.end()
 
     def run(self, plan: Plan, settings: Settings) -> None:
@@ -129,7 +129,7 @@ class Runner:
             self._transport.prepare(self.stream.envelopes(training=settings.training))
             self._prepared = plan
         if self._num_runs == _STEADY - 1:
-            self._seen = Buffers(self._entrances)
+            self._seen = Buffers.of(self._entrances)
         with _on(self._device):
             self.stream.run()
         self._num_runs += 1

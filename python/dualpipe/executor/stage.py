@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -108,6 +109,11 @@ class Stage:
         self.losses: list[torch.Tensor | None] = []
         self.results: list[tuple[torch.Tensor | None, ...]] = []
         self.given_grads: list[Sequence[torch.Tensor | None]] = []
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """The stage's module and all that are in it."""
+        return list(self.module.modules())
 
     def begin(self, settings: Settings, flights: list[Flight], first_micro_batch: int) -> None:
         """Starts a step with these micro-batches."""

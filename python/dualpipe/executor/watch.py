@@ -40,6 +40,12 @@ _ANSWER_S = 1.5
 
 _POLL_S = 0.01
 
+_NO_STORE = "give the executor a store that lives in no rank, to know which rank is lost"
+_MENDS = {
+    "lost": "close the executor, and make another with a group of the ranks that are left",
+    "limit": "close the executor, and make another; a longer `limit_s` waits for slow ranks",
+}
+
 
 class Doing(NamedTuple):
     """What a rank is at."""
@@ -129,13 +135,11 @@ class Watch:
         """
         verdict = _Verdict(error.code, [], [])
         notes: dict[int, _Note] = {}
-        hint = "give the executor a store that lives in no rank, to know which rank is lost"
+        hint = _NO_STORE
         if self._store is not None:
             try:
                 verdict, notes = self._verdict()
-                hint = (
-                    "close the executor, and make another with a group of the ranks that are left"
-                )
+                hint = _MENDS.get(verdict.code, "close the executor, and make another")
             except RuntimeError as fault:  # DistError: the store is gone
                 hint = f"the store is gone too ({str(fault).partition(chr(10))[0]})"
         lost = tuple(verdict.lost)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
 from eplb_rs.cli.options import command, count
-from eplb_rs.cli.terminal import print_text
+from eplb_rs.cli.terminal import json_text, print_text
 from eplb_rs.explanation import explain
 from eplb_rs.plan import Plan
 
@@ -49,7 +48,7 @@ def add_to(commands: argparse._SubParsersAction[Parser]) -> None:
 def _explain(arguments: argparse.Namespace) -> int:
     explanation = explain(Plan.load(arguments.plan), mend=not arguments.no_mends)
     if arguments.json:
-        text = json.dumps(explanation.figures(), indent=2, allow_nan=False) + "\n"
+        text = json_text(explanation.figures())
     else:
         text = explanation.text(top=arguments.top)
     print_text(text, sys.stdout)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import TYPE_CHECKING
 
 from eplb_rs._words import printable
 from eplb_rs.cli.options import command, count
-from eplb_rs.cli.terminal import check_outputs, print_text, style
+from eplb_rs.cli.terminal import check_outputs, json_text, print_text, style
 from eplb_rs.plan import Plan
 from eplb_rs.report import Report
 
@@ -53,8 +52,7 @@ def show_report(report: Report, arguments: argparse.Namespace) -> int:
     """Prints a report as asked, and draws it."""
     layer = arguments.layer
     if arguments.json:
-        figures = report.figures(top=arguments.top, layer=layer)
-        text = json.dumps(figures, indent=2, allow_nan=False) + "\n"
+        text = json_text(report.figures(top=arguments.top, layer=layer))
     elif layer is not None:
         text = report.layer_text(layer, style(sys.stdout), top=arguments.top)
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from typing import TYPE_CHECKING, get_args
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from eplb_rs._files import check_writable, write_whole
 from eplb_rs._words import printable
 from eplb_rs.cli.options import command, count, loads_options, machine_options, topology_of
-from eplb_rs.cli.terminal import Progress, check_outputs, print_text, style
+from eplb_rs.cli.terminal import Progress, check_outputs, json_text, print_text, style
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.loads import read_loads
 from eplb_rs.planner import GroupRule
@@ -193,7 +192,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
         write_whole(arguments.html, page(report).encode(), "html")
     if arguments.json:
-        text = json.dumps(report.figures(), indent=2, allow_nan=False) + "\n"
+        text = json_text(report.figures())
     else:
         text = report.text(style(sys.stdout))
         if arguments.html is not None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.report import Style
@@ -15,7 +16,7 @@ from eplb_rs.report import Style
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["Progress", "check_outputs", "print_text", "style"]
+__all__ = ["Progress", "check_outputs", "json_text", "print_text", "style"]
 
 
 def check_outputs(source: str, outputs: dict[str, str | None]) -> None:
@@ -66,6 +67,11 @@ def print_text(text: str, stream: TextIO | None) -> None:
         return
     encoding = stream.encoding or "ascii"
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def json_text(figures: dict[str, Any]) -> str:
+    """Figures for a program."""
+    return json.dumps(figures, indent=2, allow_nan=False) + "\n"
 
 
 class Progress:

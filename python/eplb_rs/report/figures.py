@@ -12,9 +12,26 @@ import numpy as np
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from eplb_rs._core import Topology
     from eplb_rs.plan import Plan
 
-__all__ = ["above_bound", "bound_imbalance", "groups_stay", "layer_figures", "totals"]
+__all__ = [
+    "above_bound",
+    "bound_imbalance",
+    "groups_stay",
+    "layer_figures",
+    "topology_figures",
+    "totals",
+]
+
+
+def topology_figures(topology: Topology) -> dict[str, int]:
+    """The machines, where GPUs are alike."""
+    return {
+        "num_nodes": topology.num_nodes,
+        "gpus_per_node": topology.gpus_per_node,
+        "slots_per_gpu": topology.slots_per_gpu,
+    }
 
 
 def totals(plan: Plan) -> dict[str, Any]:

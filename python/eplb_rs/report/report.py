@@ -12,7 +12,14 @@ from eplb_rs._words import counted, duration, id_ranges, printable, quantity
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.planner import Planner
 from eplb_rs.report.bars import rank_bars
-from eplb_rs.report.figures import above_bound, bound_imbalance, groups_stay, layer_figures, totals
+from eplb_rs.report.figures import (
+    above_bound,
+    bound_imbalance,
+    groups_stay,
+    layer_figures,
+    topology_figures,
+    totals,
+)
 from eplb_rs.report.style import Style, facts_text
 from eplb_rs.report.tables import rank_table, replicated, worst
 
@@ -156,11 +163,7 @@ class Report:
                 "windows": list(trace.windows),
                 "empty_layers": list(trace.empty_layers),
             },
-            "topology": {
-                "num_nodes": topology.num_nodes,
-                "gpus_per_node": topology.gpus_per_node,
-                "slots_per_gpu": topology.slots_per_gpu,
-            },
+            "topology": topology_figures(topology),
             "num_layers": plan.num_layers,
             "num_experts": plan.num_experts,
             "num_groups": plan.num_groups,

@@ -14,6 +14,7 @@ import numpy as np
 
 from eplb_rs._words import duration, id_ranges, printable
 from eplb_rs.errors import InvalidInputError
+from eplb_rs.report.figures import topology_figures
 from eplb_rs.report.style import Style, facts_text
 from eplb_rs.simulate_report.text import curves_text, table_text
 from eplb_rs.simulate_report.verdict import Verdict, mean_after_first, verdict_on, window_seconds
@@ -117,7 +118,7 @@ class SimulationReport:
             ``layer_balance`` (by layer), ``plans`` (``window``, ``moves``, ``plan_us``,
             ``transfer_s``).
         """
-        simulation, topology, trace = self.simulation, self.simulation.topology, self.trace
+        simulation, trace = self.simulation, self.trace
         verdict = self.verdict
         links = simulation.links
         return {
@@ -129,11 +130,7 @@ class SimulationReport:
                 "format": trace.format,
                 "empty_layers": list(trace.empty_layers),
             },
-            "topology": {
-                "num_nodes": topology.num_nodes,
-                "gpus_per_node": topology.gpus_per_node,
-                "slots_per_gpu": topology.slots_per_gpu,
-            },
+            "topology": topology_figures(simulation.topology),
             "num_layers": simulation.num_layers,
             "num_experts": simulation.num_experts,
             "num_groups": simulation.num_groups,

@@ -1,8 +1,17 @@
 //! Which expert each slot holds, and where each expert's replicas are.
 
+mod check;
+mod write;
+
 use crate::error::{Code, Error, Result, require_positive};
 use crate::load::Load;
 use crate::topology::Topology;
+
+use check::{
+    check_dead_slots, check_layer, no_such_expert, whole_layers, without_slot, wrong_length,
+};
+pub use write::PlacementMut;
+use write::{max_replicas, write_layer};
 
 /// In `phy2log`, stands for what the slot of a dead GPU holds: nothing.
 const EMPTY: i64 = -1;
@@ -63,10 +72,7 @@ impl Placement {
     ) -> Result<Self> {
         require_positive("num_experts", num_experts)?;
         let num_slots = topology.num_slots();
-        let num_layers = phy2log.len() / num_slots;
-        if num_layers == 0 || phy2log.len() != num_layers * num_slots {
-            return Err(wrong_length("phy2log", phy2log.len(), num_slots));
-        }
+        let num_layers = whole_layers("phy2log", phy2log.len(), num_slots)?;
         if Some(logcnt.len()) != num_layers.checked_mul(num_experts) {
             return Err(wrong_length("logcnt", logcnt.len(), num_experts));
         }
@@ -112,10 +118,7 @@ impl Placement {
     pub fn from_phy2log(topology: Topology, num_experts: usize, phy2log: Vec<i64>) -> Result<Self> {
         require_positive("num_experts", num_experts)?;
         let num_slots = topology.num_slots();
-        let num_layers = phy2log.len() / num_slots;
-        if num_layers == 0 || phy2log.len() != num_layers * num_slots {
-            return Err(wrong_length("phy2log", phy2log.len(), num_slots));
-        }
+        whole_layers("phy2log", phy2log.len(), num_slots)?;
         let mut replicas = Vec::with_capacity(phy2log.len());
         let mut count = vec![0u32; num_experts];
         for (layer, row) in phy2log.chunks_exact(num_slots).enumerate() {
@@ -293,101 +296,6 @@ impl Placement {
     }
 }
 
-/// Buffers for a placement that the caller keeps, for planning in a loop without allocating.
-///
-/// Letters as in [`Placement`].
-#[derive(Debug)]
-pub struct PlacementMut<'a> {
-    /// The expert in each slot, `[L, R]`.
-    pub phy2log: &'a mut [i64],
-    /// The slots of each expert, `[L, E, width]`, -1 pads; or `None` where nobody reads it,
-    /// which saves most of the writing.
-    pub log2phy: Option<&'a mut [i64]>,
-    /// How many replicas each expert has, `[L, E]`.
-    pub logcnt: &'a mut [i64],
-}
-
-impl PlacementMut<'_> {
-    /// Writes valid replicas, `[num_layers, num_slots]` by slot. Checks all sizes first, so that
-    /// a refusal leaves the buffers as they were.
-    pub(crate) fn write(
-        &mut self,
-        num_layers: usize,
-        num_experts: usize,
-        replicas: &[Replica],
-    ) -> Result<()> {
-        let num_slots = replicas.len() / num_layers;
-        if self.phy2log.len() != replicas.len() {
-            return Err(wrong_buffer("phy2log", self.phy2log.len(), replicas.len()));
-        }
-        let counts = num_layers * num_experts;
-        if self.logcnt.len() != counts {
-            return Err(wrong_buffer("logcnt", self.logcnt.len(), counts));
-        }
-        let widest = max_replicas(replicas);
-        let mut width = 0;
-        if let Some(log2phy) = &self.log2phy {
-            width = log2phy.len() / counts;
-            if width < widest || log2phy.len() != counts * width {
-                return Err(Error::invalid(
-                    Code::TooSmall,
-                    "log2phy",
-                    format!("{} values", log2phy.len()),
-                    format!("{num_layers} x {num_experts} x {widest} values or wider"),
-                    "num_slots - num_experts + 1 is always wide enough",
-                ));
-            }
-        }
-        for (layer, row) in replicas.chunks_exact(num_slots).enumerate() {
-            let experts = layer * num_experts..(layer + 1) * num_experts;
-            let phy2log = &mut self.phy2log[layer * num_slots..(layer + 1) * num_slots];
-            let logcnt = &mut self.logcnt[experts.clone()];
-            logcnt.fill(0);
-            let log2phy = match &mut self.log2phy {
-                Some(log2phy) => {
-                    let rows = &mut log2phy[experts.start * width..experts.end * width];
-                    rows.fill(-1);
-                    rows
-                }
-                None => &mut [],
-            };
-            write_layer(row, phy2log, log2phy, width, logcnt);
-        }
-        Ok(())
-    }
-}
-
-/// Writes one layer. `log2phy` is filled with -1 and `logcnt` with 0; `width` 0 leaves `log2phy`
-/// out.
-fn write_layer(
-    replicas: &[Replica],
-    phy2log: &mut [i64],
-    log2phy: &mut [i64],
-    width: usize,
-    logcnt: &mut [i64],
-) {
-    for (slot, (replica, phy2log)) in replicas.iter().zip(phy2log).enumerate() {
-        if *replica == Replica::NONE {
-            *phy2log = EMPTY;
-            continue;
-        }
-        let expert = replica.expert as usize;
-        *phy2log = expert as i64;
-        logcnt[expert] += 1;
-        if width > 0 {
-            log2phy[expert * width + replica.number as usize] = slot as i64;
-        }
-    }
-}
-
-fn max_replicas(replicas: &[Replica]) -> usize {
-    let mut largest = 0;
-    for replica in replicas {
-        largest = largest.max(replica.number);
-    }
-    largest as usize + 1
-}
-
 /// An empty vector with room for the product of `sizes`, or a refusal where there is none.
 fn reserve(argument: &'static str, got: usize, sizes: &[usize]) -> Result<Vec<i64>> {
     let mut vector = Vec::new();
@@ -402,123 +310,4 @@ fn reserve(argument: &'static str, got: usize, sizes: &[usize]) -> Result<Vec<i6
             "plan fewer layers at a time",
         )),
     }
-}
-
-/// Checks one layer; `listed` has a `false` for each slot.
-fn check_layer(
-    topology: &Topology,
-    layer: usize,
-    phy2log: &[i64],
-    log2phy: &[i64],
-    logcnt: &[i64],
-    listed: &mut [bool],
-) -> Result<()> {
-    let num_experts = logcnt.len();
-    let width = log2phy.len() / num_experts;
-    for (slot, &expert) in phy2log.iter().enumerate() {
-        if expert == EMPTY && topology.is_dead(topology.gpu_of(slot)) {
-            listed[slot] = true;
-            continue;
-        }
-        if usize::try_from(expert).map_or(true, |expert| expert >= num_experts) {
-            return Err(no_such_expert(layer, slot, expert, num_experts));
-        }
-    }
-    for (expert, (slots, &count)) in log2phy.chunks_exact(width).zip(logcnt).enumerate() {
-        if count == 0 {
-            return Err(without_slot(layer, expert));
-        }
-        let used = usize::try_from(count).map_or(0, |count| count.min(width));
-        let (used, padding) = slots.split_at(used);
-        let mut takes = |&slot: &i64| {
-            let Some(slot) = usize::try_from(slot).ok().filter(|&s| s < phy2log.len()) else {
-                return false;
-            };
-            phy2log[slot] == expert as i64 && !std::mem::replace(&mut listed[slot], true)
-        };
-        let fits = used.len() as i64 == count && used.iter().all(&mut takes);
-        if !fits || padding.iter().any(|&slot| slot != -1) {
-            let shown = &slots[..width.min(8)];
-            return Err(Error::invalid(
-                Code::Inconsistent,
-                "log2phy",
-                format!("{shown:?} at layer {layer}, expert {expert}"),
-                format!("the {count} slots (`logcnt`) that hold the expert in `phy2log`, then -1"),
-                "",
-            ));
-        }
-    }
-    if let Some(slot) = listed.iter().position(|&listed| !listed) {
-        return Err(Error::invalid(
-            Code::Inconsistent,
-            "log2phy",
-            format!("without slot {slot} of layer {layer}"),
-            "a list of every slot in `phy2log`",
-            "",
-        ));
-    }
-    Ok(())
-}
-
-/// Refuses experts on dead GPUs.
-fn check_dead_slots(topology: &Topology, phy2log: &[i64]) -> Result<()> {
-    if topology.is_even() {
-        return Ok(());
-    }
-    for (layer, row) in phy2log.chunks_exact(topology.num_slots()).enumerate() {
-        for gpu in (0..topology.num_gpus()).filter(|&gpu| topology.is_dead(gpu)) {
-            for slot in topology.slots_of(gpu) {
-                if row[slot] != EMPTY {
-                    return Err(Error::invalid(
-                        Code::OutOfRange,
-                        "phy2log",
-                        format!("{} at layer {layer}, slot {slot}", row[slot]),
-                        format!("-1, since GPU {gpu} is dead"),
-                        "",
-                    ));
-                }
-            }
-        }
-    }
-    Ok(())
-}
-
-fn wrong_length(argument: &'static str, length: usize, divisor: usize) -> Error {
-    Error::invalid(
-        Code::WrongShape,
-        argument,
-        format!("{length} values"),
-        format!("one or more layers of {divisor} values"),
-        "",
-    )
-}
-
-fn wrong_buffer(argument: &'static str, length: usize, wanted: usize) -> Error {
-    Error::invalid(
-        Code::WrongShape,
-        argument,
-        format!("{length} values"),
-        format!("{wanted} values"),
-        "",
-    )
-}
-
-fn no_such_expert(layer: usize, slot: usize, expert: i64, num_experts: usize) -> Error {
-    Error::invalid(
-        Code::OutOfRange,
-        "phy2log",
-        format!("{expert} at layer {layer}, slot {slot}"),
-        format!("an expert from 0 to {}", num_experts - 1),
-        "",
-    )
-}
-
-fn without_slot(layer: usize, expert: usize) -> Error {
-    Error::invalid(
-        Code::TooSmall,
-        "logcnt",
-        format!("0 at layer {layer}, expert {expert}"),
-        "at least 1",
-        "every expert needs a slot",
-    )
 }

@@ -20,6 +20,7 @@ mod relief;
 mod rows;
 mod search;
 mod sets;
+mod worth;
 
 use std::time::Instant;
 

@@ -59,6 +59,8 @@ class Graphs:
         self._idle = False
         self._slots: dict[tuple[int, int], Slots] | None = None
         self._grads: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._fresh: list[torch.Tensor] = []
+        """Parameters that the step which has begun gave a gradient, of zeros."""
         self.why: dict[tuple[int, int], str] = {}
         """Why stages run without graphs."""
         self.num_bytes = 0
@@ -66,6 +68,7 @@ class Graphs:
 
     def begin(self, plan: Plan, instructions: Iterable[Instruction], settings: Settings) -> None:
         """Sets the stages up for a step, after their own begin."""
+        self._fresh = []
         if not self._wanted:
             return
         if not settings.training:
@@ -87,6 +90,12 @@ class Graphs:
             self._idle = all("no limit" in self.why.get(key, "") for key in self._stages)
         self._reattach()
         self._use(self._slots)
+
+    def undo(self) -> None:
+        """Takes back what :meth:`begin` has done to gradients."""
+        for parameter in self._fresh:
+            parameter.grad = None
+        self._fresh = []
 
     def _use(self, slots: Mapping[tuple[int, int], Slots]) -> None:
         for key, stage in self._stages.items():
@@ -116,6 +125,7 @@ class Graphs:
             if now is grad:
                 continue
             if now is None:
+                self._fresh.append(parameter)
                 fresh.append(grad)
             elif now.data_ptr() != grad.data_ptr():
                 grad.copy_(now)
@@ -183,6 +193,7 @@ class Graphs:
         for parameter in stage.module.parameters():
             if parameter.requires_grad:
                 if parameter.grad is None:
+                    self._fresh.append(parameter)
                     parameter.grad = torch.zeros_like(parameter)
                 self._grads.append((parameter, parameter.grad))
         places, kinds = share_slots(computations, key)

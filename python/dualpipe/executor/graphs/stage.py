@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +12,6 @@ from dualpipe.executor.stage import Stage
 from dualpipe.instruction import Kind
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from dualpipe.executor.graphs.slots import Slot, Slots
     from dualpipe.executor.stage import Flight
 
@@ -23,11 +20,6 @@ __all__ = ["GraphedStage", "Probe"]
 
 class GraphedStage(Stage):
     """A stage whose instructions are replayed once they have been captured."""
-
-    @cached_property
-    def modules(self) -> list[nn.Module]:
-        """The stage's module and all that are in it."""
-        return list(self.module.modules())
 
     slots: Slots | None = None
     """What has been captured; None runs the stage as it is."""

@@ -3,6 +3,10 @@
 /// What each of `count` replicas carries, to the nearest integer.
 #[inline(always)]
 pub(crate) fn share(weight: i32, count: u32) -> i32 {
+    // Most have one, and a division takes long.
+    if count == 1 {
+        return weight;
+    }
     ((weight as u32 + count / 2) / count) as i32
 }
 

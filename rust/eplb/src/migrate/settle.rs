@@ -11,6 +11,8 @@ const NOWHERE: u32 = u32::MAX;
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     orphans: Vec<u32>,
+    /// Empty slots.
+    empty: Vec<Site>,
     /// The island of each group, and how many slots each island has to spare.
     island_of_group: Vec<u32>,
     spare: Vec<i64>,
@@ -32,37 +34,42 @@ pub(crate) fn settle(
     let nowhere = (0..weight.len()).filter(|&expert| table.count(expert) == 0);
     orphans.extend(nowhere.map(|expert| expert as u32));
     orphans.sort_unstable_by_key(|&expert| (-weight[expert as usize], expert));
-    let has_empty = |rank| empty(ranks, table, rank).next().is_some();
+    let has_empty = |rank| empty_slots(ranks, table, rank).next().is_some();
     if orphans.is_empty() && !(0..ranks.len()).any(has_empty) {
         return;
     }
     find_groups(ranks, weight.len(), table, scratch);
     let Scratch {
         orphans,
+        empty,
         island_of_group,
         ..
-    } = &*scratch;
+    } = scratch;
+    empty.clear();
+    empty.extend((0..ranks.len()).flat_map(|rank| empty_slots(ranks, table, rank)));
     let may_hold = |rank: usize, expert: usize| {
         let group = ranks
             .group_size()
             .map(|size| island_of_group[expert / size]);
         group.is_none_or(|island| island == NOWHERE || island as usize == ranks.island_of(rank))
     };
-    for &expert in orphans {
+    for &expert in &*orphans {
         let expert = expert as usize;
         let mut best: Option<(i32, Site)> = None;
-        for rank in (0..ranks.len()).filter(|&rank| may_hold(rank, expert)) {
-            for slot in ranks.slots(rank) {
-                let site = Site::new(rank, slot);
-                if let Some(level) = level_with(ranks, weight, table, site, expert)
-                    && best.is_none_or(|best| (level, site) < best)
-                {
-                    best = Some((level, site));
-                }
+        for &site in empty.iter().chain(table.shared()) {
+            if !may_hold(site.rank(), expert) {
+                continue;
+            }
+            let most = best.map_or(i32::MAX, |(level, _)| level);
+            if let Some(level) = level_with(ranks, weight, table, site, expert, most)
+                && best.is_none_or(|best| (level, site) < best)
+            {
+                best = Some((level, site));
             }
         }
         if let Some((_, site)) = best {
             table.give(weight, site, expert);
+            empty.retain(|&other| other != site);
         }
     }
     for rank in 0..ranks.len() {
@@ -115,38 +122,37 @@ fn find_groups(ranks: &Ranks, num_experts: usize, table: &Table, scratch: &mut S
 }
 
 /// The longest that any rank takes whose load changes if an expert without a place gets a slot; none
-/// if the slot's expert has no other.
+/// if that is more than `most`.
 fn level_with(
     ranks: &Ranks,
     weight: &[i32],
     table: &Table,
     site: Site,
     expert: usize,
+    most: i32,
 ) -> Option<i32> {
     let rank = site.rank();
     let load = table.load[rank] + weight[expert];
     let Some(old) = table.expert_in(site) else {
-        return Some(ranks.time(rank, load));
+        return Some(ranks.time(rank, load)).filter(|&level| level <= most);
     };
-    let count = table.count(old);
-    if count == 1 {
+    let before = table.carried_in(site, weight, old);
+    if ranks.time(rank, load - before) > most {
         return None;
     }
-    let before = share(weight[old], count);
-    let more = share(weight[old], count - 1) - before;
-    let (mut level, mut here) = (0, 1);
+    let more = share(weight[old], table.count(old) - 1) - before;
+    let again = (table.times(rank, old) - 1) * more;
+    let mut level = ranks.time(rank, load - before + again);
     table.each_host(old, |host, times| {
-        if host == rank {
-            here = times;
-        } else {
+        if host != rank {
             level = level.max(ranks.time(host, table.load[host] + times * more));
         }
     });
-    Some(level.max(ranks.time(rank, load - before + (here - 1) * more)))
+    (level <= most).then_some(level)
 }
 
 /// The empty slots of a rank.
-fn empty(ranks: &Ranks, table: &Table, rank: usize) -> impl Iterator<Item = Site> {
+fn empty_slots(ranks: &Ranks, table: &Table, rank: usize) -> impl Iterator<Item = Site> {
     let sites = ranks.slots(rank).map(move |slot| Site::new(rank, slot));
     sites.filter(|&site| table.expert_in(site).is_none())
 }
@@ -160,7 +166,7 @@ fn fill_with_one(
     rank: usize,
     may_hold: impl Fn(usize) -> bool,
 ) {
-    let free = empty(ranks, table, rank).count() as u32;
+    let free = empty_slots(ranks, table, rank).count() as u32;
     if free == 0 {
         return;
     }
@@ -199,8 +205,8 @@ fn fill_with_many(
     may_hold: impl Fn(usize) -> bool,
 ) {
     loop {
-        let free = empty(ranks, table, rank).count();
-        let Some(site) = empty(ranks, table, rank).next() else {
+        let free = empty_slots(ranks, table, rank).count();
+        let Some(site) = empty_slots(ranks, table, rank).next() else {
             return;
         };
         let missing = ranks.mean() - f64::from(ranks.time(rank, table.load[rank]));

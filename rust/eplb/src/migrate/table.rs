@@ -232,6 +232,8 @@ pub(crate) struct Table {
     count: Vec<u32>,
     /// Whether a rank holds the expert more than once.
     repeated: Vec<bool>,
+    /// The sites whose expert has others, in order.
+    shared: Vec<Site>,
 }
 
 impl Table {
@@ -274,10 +276,15 @@ impl Table {
                 self.count[expert] += 1;
             }
         }
+        self.shared.clear();
         for rank in 0..ranks.len() {
             for slot in ranks.slots(rank) {
-                let index = self.index(Site::new(rank, slot));
+                let site = Site::new(rank, slot);
+                let index = self.index(site);
                 if let Some(expert) = self.expert_at(index) {
+                    if self.count[expert] > 1 {
+                        self.shared.push(site);
+                    }
                     let share = share(weight[expert], self.count[expert]);
                     self.load[rank] += share;
                     if self.times(rank, expert) == 1 {
@@ -300,6 +307,13 @@ impl Table {
         self.hosts.clone_from(&other.hosts);
         self.count.clone_from(&other.count);
         self.repeated.clone_from(&other.repeated);
+        self.shared.clone_from(&other.shared);
+    }
+
+    /// The sites whose expert has others, in order.
+    #[inline(always)]
+    pub(crate) fn shared(&self) -> &[Site] {
+        &self.shared
     }
 
     /// Bits of the ranks that hold each expert.
@@ -347,6 +361,15 @@ impl Table {
         self.share[self.index(site)]
     }
 
+    /// What a replica of an expert carries, whether it may be exchanged or not.
+    #[inline(always)]
+    pub(crate) fn carried_in(&self, site: Site, weight: &[i32], expert: usize) -> i32 {
+        match self.share_in(site) {
+            BARRED => share(weight[expert], self.count[expert]),
+            carried => carried,
+        }
+    }
+
     #[inline(always)]
     fn expert_at(&self, index: usize) -> Option<usize> {
         let expert = self.expert[index];
@@ -366,8 +389,15 @@ impl Table {
     /// Visits the ranks that hold an expert, with how often each does.
     #[inline(always)]
     pub(crate) fn each_host(&self, expert: usize, mut visit: impl FnMut(usize, i32)) {
-        let hosts = &self.hosts[expert * self.num_words..][..self.num_words];
-        each_bit(hosts, |rank| visit(rank, self.times(rank, expert)));
+        // No closure within: those are compiled without the vectors that this is compiled for.
+        for word in 0..self.num_words {
+            let mut hosts = self.hosts[expert * self.num_words + word];
+            while hosts != 0 {
+                let rank = word * 64 + hosts.trailing_zeros() as usize;
+                hosts &= hosts - 1;
+                visit(rank, self.times(rank, expert));
+            }
+        }
     }
 
     /// The longest that any rank takes.
@@ -386,11 +416,22 @@ impl Table {
         self.expert.swap(at, bt);
         self.load[a.rank()] -= difference;
         self.load[b.rank()] += difference;
-        for index in [at, bt] {
+        for (site, index) in [(a, at), (b, bt)] {
             if let Some(expert) = self.expert_at(index) {
                 self.flip(a.rank(), expert);
                 self.flip(b.rank(), expert);
+                self.list(site, self.count[expert] > 1);
             }
+        }
+    }
+
+    /// Lists a site among those whose expert has others, or does no longer.
+    #[inline(always)]
+    fn list(&mut self, site: Site, shared: bool) {
+        match (self.shared.binary_search(&site), shared) {
+            (Err(place), true) => self.shared.insert(place, site),
+            (Ok(place), false) => drop(self.shared.remove(place)),
+            _ => {}
         }
     }
 
@@ -437,6 +478,7 @@ impl Table {
                     if self.expert[index] == expert as u32 {
                         times += 1;
                         self.share[index] = after;
+                        self.list(Site::new(rank, slot), self.count[expert] > 1);
                     }
                 }
                 self.load[rank] += times * (after - before);

@@ -35,8 +35,6 @@ pub(super) struct Account<const SHARES: bool> {
     /// What each rank adds to the worth, and their sum.
     squares: Vec<f32>,
     worth: f32,
-    /// The slots of a rank are those from `begins[rank]` to the next.
-    begins: Vec<usize>,
     trial: Trial,
 }
 
@@ -67,15 +65,12 @@ impl<const SHARES: bool> Account<SHARES> {
     pub(super) fn new(layer: &Layer, futures: &Futures) -> Self {
         let (num_ranks, num_slots) = (layer.num_ranks(), layer.ranks().len());
         let num_blocks = futures.num_blocks();
-        let ranks = 0..=num_ranks as u32;
-        let begins = ranks.map(|rank| layer.ranks().partition_point(|&other| other < rank));
         let mut account = Self {
             num_blocks,
             parts: vec![[0.0; LANES]; num_slots * num_blocks],
             ranks: vec![[0.0; LANES]; num_ranks * num_blocks],
             squares: vec![0.0; num_ranks],
             worth: 0.0,
-            begins: begins.collect(),
             trial: Trial {
                 number: 0,
                 sweep: 0,
@@ -94,7 +89,7 @@ impl<const SHARES: bool> Account<SHARES> {
         for expert in 0..layer.num_experts() {
             account.pour(layer, futures, expert);
         }
-        account.sum(futures);
+        account.sum(layer, futures);
         let mut before = f32::INFINITY;
         for _ in 0..if SHARES { SWEEPS_AT_FIRST } else { 0 } {
             if account.worth > before * 0.999 {
@@ -102,7 +97,7 @@ impl<const SHARES: bool> Account<SHARES> {
             }
             before = account.worth;
             account.sweep(layer, futures);
-            account.sum(futures);
+            account.sum(layer, futures);
         }
         account
     }
@@ -164,20 +159,20 @@ impl<const SHARES: bool> Account<SHARES> {
                 self.sweep(layer, futures);
             }
         }
-        self.sum(futures);
+        self.sum(layer, futures);
         true
     }
 
     /// Sums ranks and squares anew: what was added and taken away has left rounding behind.
     #[inline(always)]
-    fn sum(&mut self, futures: &Futures) {
+    fn sum(&mut self, layer: &Layer, futures: &Futures) {
         self.worth = 0.0;
         for rank in 0..self.squares.len() {
             self.squares[rank] = 0.0;
             for block in 0..self.num_blocks {
                 let mut sum = [0.0; LANES];
-                for slot in self.begins[rank]..self.begins[rank + 1] {
-                    let part = &self.parts[slot * self.num_blocks + block];
+                for slot in layer.slots(rank) {
+                    let part = &self.parts[slot as usize * self.num_blocks + block];
                     for lane in 0..LANES {
                         sum[lane] += part[lane];
                     }
@@ -221,8 +216,8 @@ impl<const SHARES: bool> Account<SHARES> {
         self.trial.sweep += 1;
         for index in 0..self.trial.ranks.len() {
             let rank = self.trial.ranks[index] as usize;
-            for slot in self.begins[rank]..self.begins[rank + 1] {
-                let expert = layer.expert(slot as u32);
+            for slot in layer.slots(rank) {
+                let expert = layer.expert(slot);
                 if layer.count(expert) > 1 && self.trial.poured[expert] != self.trial.sweep {
                     self.trial.poured[expert] = self.trial.sweep;
                     self.touch(layer, expert);

@@ -1,13 +1,18 @@
 //! The best exchange of a layer where tokens are split anew, found exactly.
 //!
-//! The sets of ranks that were tight so far bound what each exchange could reach. The best by these
-//! bounds is solved by a flow, which may find a set that was missing and so raises the bounds. It
-//! ends when no bound is below the best found.
+//! The sets of ranks that were tight so far bound what each exchange could reach, and what any could
+//! by which an expert goes elsewhere. What could reach most is looked at first: an expert's exchanges
+//! are listed, an exchange is solved by a flow, which may find a set that was missing and so raises
+//! the bounds. It ends when no bound is below the best found.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
 use multiversion::multiversion;
 
 use super::layer::{Exchange, Layer};
-use super::sets::{Case, Shift, Worth};
+use super::sets::Shift;
+use super::worth::{Case, Worth};
 use crate::balance::Fuel;
 
 /// What an exchange must gain in any case, in parts of the mean rank load.
@@ -38,25 +43,23 @@ impl Kind {
 /// What finding an exchange takes, kept for the next.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
-    /// How many loads there are (K).
-    num_cases: usize,
-    /// The slots whose expert has others.
-    shared: Vec<u32>,
-    /// The sets that hold a slot's expert alone if it leaves, `[R, K]`.
-    leaving: Vec<u64>,
-    candidates: Vec<Candidate>,
-    /// The least that each candidate could be worth under each load, `[candidates, K]`.
+    /// The slots that an expert may come to.
+    slots: Vec<u32>,
+    /// What may help: the least that could be worth first, then what was listed first.
+    queue: BinaryHeap<Reverse<(u32, Choice)>>,
+    /// The exchanges that were listed.
+    exchanges: Vec<Exchange>,
+    /// The bounds of one of them for each load, `[K]`.
     bounds: Vec<f32>,
     /// How many exchanges were looked at since a step was last taken for it.
     looks: u32,
 }
 
-/// An exchange that may help.
-#[derive(Debug, Clone, Copy)]
-struct Candidate {
-    exchange: Exchange,
-    /// The least that the layer could be worth then; infinite once that was found to be too much.
-    bound: f32,
+/// One of the exchanges, or all by which an expert goes elsewhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Choice {
+    One(u32),
+    Any(u32),
 }
 
 /// The exchange after which a layer is worth least, among those that gain more than `least_gain` and
@@ -74,113 +77,107 @@ pub(super) fn find(
     fuel: &mut Fuel,
     scratch: &mut Scratch,
 ) -> Option<Exchange> {
-    let mut least = worth.value() - least_gain.max(LEAST_GAIN);
-    let mut found = None;
-    scratch.begin(layer, worth);
-    let mut collect = Collect {
+    let mut search = Search {
+        kind,
+        max_moves,
+        least: worth.value() - least_gain.max(LEAST_GAIN),
+        found: None,
         layer,
         worth,
-        scratch,
         fuel,
-        max_moves,
-        limit: least,
+        scratch,
     };
-    match kind {
-        Kind::Replace => collect.replacements(),
-        Kind::Swap => collect.swaps(),
-    }
-    while let Some(best) = scratch.best(least)
-        && fuel.step()
+    search.begin();
+    while let Some(Reverse((bound, choice))) = search.scratch.queue.pop()
+        && f32::from_bits(bound) < search.least
+        && !search.fuel.is_empty()
     {
-        let bounds = &scratch.bounds[best * scratch.num_cases..][..scratch.num_cases];
-        let exchange = scratch.candidates[best].exchange;
-        let back = layer.make(exchange);
-        let value = worth.after(layer, bounds, least);
-        layer.make(back);
-        scratch.candidates[best].bound = f32::INFINITY;
-        worth.keep_found(layer, |case, index, set| {
-            scratch.raise(layer, case, index, set);
-        });
-        if value < least {
-            found = Some(exchange);
-            least = value - LEAST_GAIN;
-        }
+        search.follow(bound, choice);
     }
-    found
+    search.found
 }
 
-/// Collects the exchanges whose bound is below a limit.
-struct Collect<'a> {
-    layer: &'a Layer,
-    worth: &'a Worth,
-    scratch: &'a mut Scratch,
-    fuel: &'a mut Fuel,
+/// A search for the best exchange.
+struct Search<'a> {
+    kind: Kind,
     max_moves: usize,
-    limit: f32,
+    /// What the layer has to be worth less than, and the exchange after which it is.
+    least: f32,
+    found: Option<Exchange>,
+    layer: &'a mut Layer,
+    worth: &'a mut Worth,
+    fuel: &'a mut Fuel,
+    scratch: &'a mut Scratch,
 }
 
-impl Collect<'_> {
+impl Search<'_> {
+    /// Lists the slots outside of what is tight, and the experts that are nowhere else.
     #[inline(always)]
-    fn replacements(&mut self) {
+    fn begin(&mut self) {
+        self.scratch.slots.clear();
+        self.scratch.queue.clear();
+        self.scratch.exchanges.clear();
+        let (layer, cases) = (&*self.layer, &self.worth.cases);
+        let is_free = |&slot: &u32| {
+            let rank = layer.rank(slot as usize);
+            (self.kind == Kind::Swap || layer.count(layer.expert(slot)) > 1)
+                && cases.iter().any(|case| case.sets.is_outside(rank))
+        };
+        let slots = 0..layer.ranks().len() as u32;
+        self.scratch.slots.extend(slots.filter(is_free));
         for expert in 0..self.layer.num_experts() {
-            if !self.suspects(expert) {
-                continue;
-            }
-            for place in 0..self.scratch.shared.len() {
-                let (slot, expert) = (self.scratch.shared[place], expert as u32);
-                self.consider(expert, slot, Exchange::Replace { slot, expert });
+            let mut cases = self.worth.cases.iter();
+            if cases.any(|case| case.sets.suspects(expert)) {
+                self.propose(Choice::Any(expert as u32));
             }
         }
     }
 
+    /// Follows a choice, unless others have come to promise more.
     #[inline(always)]
-    fn swaps(&mut self) {
-        for expert in 0..self.layer.num_experts() {
-            if !self.suspects(expert) {
-                continue;
-            }
-            for &a in self.layer.places(expert) {
-                for b in 0..self.layer.ranks().len() as u32 {
-                    // Of a swap of two such experts, once.
-                    let exchange = Exchange::Swap { a, b };
-                    let once = a < b || !self.suspects(self.layer.expert(b));
-                    if once && self.relieves(exchange) {
-                        self.consider(expert as u32, b, exchange);
+    fn follow(&mut self, before: u32, choice: Choice) {
+        let bound = self.bound(choice).to_bits().max(before);
+        let next = self.scratch.queue.peek();
+        if next.is_some_and(|next| next.0 < (bound, choice)) {
+            self.scratch.queue.push(Reverse((bound, choice)));
+            return;
+        }
+        match choice {
+            Choice::Any(expert) => self.open(expert as usize),
+            Choice::One(exchange) => self.solve(exchange as usize),
+        }
+    }
+
+    /// Lists the exchanges by which an expert goes elsewhere.
+    #[inline(always)]
+    fn open(&mut self, expert: usize) {
+        for index in 0..self.scratch.slots.len() {
+            let slot = self.scratch.slots[index];
+            match self.kind {
+                Kind::Replace => {
+                    let new = expert as u32;
+                    self.consider(expert, slot, Exchange::Replace { slot, expert: new });
+                }
+                Kind::Swap => {
+                    for place in 0..self.layer.count(expert) {
+                        let a = self.layer.places(expert)[place];
+                        self.consider(expert, slot, Exchange::Swap { a, b: slot });
                     }
                 }
             }
         }
     }
 
-    /// Whether the tight ranks of some load hold an expert alone.
+    /// Lists an exchange by which an expert comes to a slot, if it may be made.
     #[inline(always)]
-    fn suspects(&self, expert: usize) -> bool {
-        let mut cases = self.worth.cases.iter();
-        cases.any(|case| case.sets.suspects(expert))
-    }
-
-    /// Whether the tight sets leave an exchange a chance, which most swaps do not have.
-    #[inline(always)]
-    fn relieves(&self, exchange: Exchange) -> bool {
-        let mut bound = 0.0;
-        for (index, case) in self.worth.cases.iter().enumerate() {
-            let shifts = self.scratch.shifts(self.layer, case, index, exchange);
-            bound += case.weight * case.sets.tight_mean(&shifts).max(1.0);
-        }
-        bound < self.limit
-    }
-
-    /// Notes an exchange by which an expert comes to a slot, if it may help.
-    #[inline(always)]
-    fn consider(&mut self, expert: u32, slot: u32, exchange: Exchange) {
-        if !self.layer.allows(exchange) || self.fuel.is_empty() {
+    fn consider(&mut self, expert: usize, slot: u32, exchange: Exchange) {
+        let rank = self.layer.rank(slot as usize);
+        let relieves = |case: &Case| case.sets.suspects(expert) && case.sets.is_outside(rank);
+        if !self.layer.allows(exchange) || !self.worth.cases.iter().any(relieves) {
             return;
         }
-        let rank = self.layer.rank(slot as usize);
-        let relieves =
-            |case: &Case| case.sets.suspects(expert as usize) && case.sets.is_outside(rank);
         let moves = self.layer.num_moves() as i32 + self.layer.more_moves(exchange);
-        if moves > self.max_moves as i32 || !self.worth.cases.iter().any(relieves) {
+        if moves > self.max_moves as i32 {
             return;
         }
         self.scratch.looks += 1;
@@ -188,61 +185,52 @@ impl Collect<'_> {
             self.scratch.looks = 0;
             self.fuel.step();
         }
+        self.scratch.exchanges.push(exchange);
+        let number = self.scratch.exchanges.len() - 1;
+        self.propose(Choice::One(number as u32));
+    }
+
+    /// Queues what may help, if the sets that are known leave it a chance.
+    #[inline(always)]
+    fn propose(&mut self, choice: Choice) {
+        let bound = self.bound(choice);
+        if bound < self.least {
+            self.scratch.queue.push(Reverse((bound.to_bits(), choice)));
+        }
+    }
+
+    /// The least that the layer could be worth after a choice.
+    #[inline(always)]
+    fn bound(&mut self, choice: Choice) -> f32 {
         let mut bound = 0.0;
-        for (index, case) in self.worth.cases.iter().enumerate() {
-            let shifts = self.scratch.shifts(self.layer, case, index, exchange);
+        self.scratch.bounds.clear();
+        for case in &self.worth.cases {
+            let shifts = match choice {
+                Choice::One(number) => self.shifts(case, self.scratch.exchanges[number as usize]),
+                Choice::Any(expert) => self.shifts_of_any(case, expert as usize),
+            };
             let largest = case.sets.largest(&shifts);
             self.scratch.bounds.push(largest);
             bound += case.weight * largest;
         }
-        if bound < self.limit {
-            let candidate = Candidate { exchange, bound };
-            self.scratch.candidates.push(candidate);
-        } else {
-            let kept = self.scratch.candidates.len() * self.scratch.num_cases;
-            self.scratch.bounds.truncate(kept);
-        }
-    }
-}
-
-impl Scratch {
-    /// Forgets what was collected, and looks at the layer as it is now.
-    #[inline(always)]
-    fn begin(&mut self, layer: &Layer, worth: &Worth) {
-        self.num_cases = worth.cases.len();
-        let is_shared = |&slot: &u32| layer.count(layer.expert(slot)) > 1;
-        self.shared.clear();
-        self.shared
-            .extend((0..layer.ranks().len() as u32).filter(is_shared));
-        self.candidates.clear();
-        self.bounds.clear();
-        self.leaving.clear();
-        self.leaving.resize(layer.ranks().len() * self.num_cases, 0);
-        for (index, case) in worth.cases.iter().enumerate() {
-            self.look(layer, case, index);
-        }
-    }
-
-    #[inline(always)]
-    fn look(&mut self, layer: &Layer, case: &Case, index: usize) {
-        let leaving = self.leaving[index..].iter_mut().step_by(self.num_cases);
-        for (slot, leaving) in (0..).zip(leaving) {
-            *leaving = case.sets.leaving(layer, slot);
-        }
+        bound
     }
 
     /// What an exchange does to the sets of one load.
     #[inline(always)]
-    fn shifts(&self, layer: &Layer, case: &Case, index: usize, exchange: Exchange) -> [Shift; 2] {
-        let sets = &case.sets;
-        let leaving = |slot: u32| self.leaving[slot as usize * self.num_cases + index];
+    fn shifts(&self, case: &Case, exchange: Exchange) -> [Shift; 2] {
+        let (layer, sets) = (&*self.layer, &case.sets);
         let within = |slot: u32| sets.within(layer.rank(slot as usize));
         let experts = layer.concerned(exchange);
         let after = match exchange {
-            Exchange::Replace { slot, .. } => {
-                [leaving(slot), sets.alone(experts[1]) & within(slot)]
-            }
-            Exchange::Swap { a, b } => [leaving(a) & within(b), leaving(b) & within(a)],
+            Exchange::Replace { slot, .. } => [
+                sets.leaving(layer, slot),
+                sets.alone(experts[1]) & within(slot),
+            ],
+            Exchange::Swap { a, b } => [
+                sets.leaving(layer, a) & within(b),
+                sets.leaving(layer, b) & within(a),
+            ],
         };
         [0, 1].map(|which| {
             let expert = experts[which];
@@ -250,31 +238,33 @@ impl Scratch {
         })
     }
 
-    /// Raises bounds to what a set shows that was found for one of the loads.
+    /// What no exchange by which an expert goes elsewhere does more than.
     #[inline(always)]
-    fn raise(&mut self, layer: &Layer, case: &Case, index: usize, set: usize) {
-        self.look(layer, case, index);
-        for place in 0..self.candidates.len() {
-            let Candidate { exchange, bound } = self.candidates[place];
-            let shifts = self.shifts(layer, case, index, exchange);
-            let raised = case.sets.mean(set, &shifts);
-            let of_case = &mut self.bounds[place * self.num_cases + index];
-            if raised > *of_case {
-                self.candidates[place].bound = bound + case.weight * (raised - *of_case);
-                *of_case = raised;
-            }
-        }
+    fn shifts_of_any(&self, case: &Case, expert: usize) -> [Shift; 2] {
+        let alone = case.sets.alone(expert);
+        let own = Shift::new(case.loads[expert], alone, 0);
+        let other = match self.kind {
+            Kind::Replace => Shift::default(),
+            // What it trades places with may relieve other sets, of all the load there is at most.
+            Kind::Swap => Shift::new(self.layer.num_ranks() as f32, !alone, 0),
+        };
+        [own, other]
     }
 
-    /// The candidate of the least bound below `limit`, the first of several.
+    /// Finds what the layer is worth after an exchange, and keeps it if that is least.
     #[inline(always)]
-    fn best(&self, limit: f32) -> Option<usize> {
-        let mut best = (limit, None);
-        for (place, candidate) in self.candidates.iter().enumerate() {
-            if candidate.bound < best.0 {
-                best = (candidate.bound, Some(place));
-            }
+    fn solve(&mut self, number: usize) {
+        self.fuel.step();
+        let exchange = self.scratch.exchanges[number];
+        let experts = self.layer.concerned(exchange);
+        let back = self.layer.make(exchange);
+        let bounds = &self.scratch.bounds;
+        let value = self.worth.after(self.layer, &experts, bounds, self.least);
+        self.layer.make(back);
+        self.worth.keep_found(self.layer);
+        if value < self.least {
+            self.found = Some(exchange);
+            self.least = value - LEAST_GAIN;
         }
-        best.1
     }
 }

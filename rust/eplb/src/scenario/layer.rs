@@ -1,5 +1,7 @@
 //! One layer while it is being planned: which expert each slot holds, and what may change.
 
+use std::ops::Range;
+
 /// An exchange of what slots hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Exchange {
@@ -16,8 +18,9 @@ pub(super) enum Exchange {
 pub(super) struct Layer {
     num_ranks: usize,
     num_experts: usize,
-    /// The rank of each slot, `[R]`.
+    /// The rank of each slot, `[R]`, and where the slots of each rank begin, `[D + 1]`.
     rank_of: Vec<u32>,
+    begins: Vec<u32>,
     /// The expert in each slot, `[R]`, and how many slots each expert has, `[E]`: as a placement
     /// has them.
     experts: Vec<i64>,
@@ -48,10 +51,13 @@ impl Layer {
     ) -> Self {
         let num_ranks = rank_of.last().map_or(0, |&rank| rank as usize + 1);
         let most = experts.len() - num_experts + 1;
+        let begin = |rank| rank_of.partition_point(|&other| other < rank) as u32;
+        let begins = (0..=num_ranks as u32).map(begin).collect();
         let mut layer = Self {
             num_ranks,
             num_experts,
             rank_of,
+            begins,
             experts: experts.to_vec(),
             counts: vec![0; num_experts],
             places: vec![0; num_experts * most],
@@ -124,6 +130,21 @@ impl Layer {
     #[inline(always)]
     pub(super) fn rank(&self, slot: usize) -> usize {
         self.rank_of[slot] as usize
+    }
+
+    /// The slots of a rank.
+    #[inline(always)]
+    pub(super) fn slots(&self, rank: usize) -> Range<u32> {
+        self.begins[rank]..self.begins[rank + 1]
+    }
+
+    /// The rank of an expert that has one slot.
+    #[inline(always)]
+    pub(super) fn only_rank(&self, expert: usize) -> Option<usize> {
+        match *self.places(expert) {
+            [slot] => Some(self.rank(slot as usize)),
+            _ => None,
+        }
     }
 
     /// The slots of an expert.
@@ -253,10 +274,9 @@ impl Layer {
     /// first.
     pub(super) fn write(&self, slots: &mut [u32]) {
         let mut left: Vec<i64> = Vec::new();
-        let mut begin = 0;
-        while begin < slots.len() {
-            let rank = self.rank_of[begin];
-            let end = begin + self.rank_of[begin..].partition_point(|&other| other == rank);
+        for rank in 0..self.num_ranks {
+            let Range { start, end } = self.slots(rank);
+            let (begin, end) = (start as usize, end as usize);
             left.clear();
             left.extend_from_slice(&self.experts[begin..end]);
             for (slot, first) in slots[begin..end].iter_mut().zip(&self.first[begin..end]) {
@@ -272,7 +292,6 @@ impl Layer {
             {
                 *slot = left.next().map_or(0, |&expert| expert as u32);
             }
-            begin = end;
         }
     }
 }

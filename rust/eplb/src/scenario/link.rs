@@ -11,7 +11,7 @@ use rayon::prelude::*;
 
 use super::layer::{Exchange, Layer};
 use super::outlook::normal;
-use super::sets::Worth;
+use super::worth::Worth;
 use super::{check_even, layer_of, placed};
 use crate::balance::{Budget, Fuel, Random};
 use crate::error::{Code, Error, Result};
@@ -173,23 +173,18 @@ impl Links {
             });
         }
         // Of experts that are nowhere else, so that this links no other ranks.
-        let single = |rank: usize, other: u32| {
-            let slots = layer.ranks();
-            let begin = slots.partition_point(|&of| (of as usize) < rank) as u32;
-            let end = slots.partition_point(|&of| of as usize <= rank) as u32;
-            let alone = move |&slot: &u32| slot != other && layer.count(layer.expert(slot)) == 1;
-            (begin..end).filter(alone)
+        let alone = |rank: usize, other: u32| {
+            let is_alone = move |&slot: &u32| slot != other && layer.count(layer.expert(slot)) == 1;
+            layer.slots(rank).filter(is_alone)
         };
-        let mut best: Option<Swaps> = None;
-        for c in single(from, a) {
-            for d in single(to, b) {
+        let gap = self.carried[to] - self.carried[from];
+        let (mut best, mut least) = (None, f64::INFINITY);
+        for c in alone(from, a) {
+            for d in alone(to, b) {
                 let shift = shift + share(c) - share(d);
-                let uneven =
-                    |shift: f64| (self.carried[to] - self.carried[from] + 2.0 * shift).abs();
-                let least = best
-                    .as_ref()
-                    .is_none_or(|best| uneven(shift) < uneven(best.shift));
-                if fits(shift) && least && layer.allows(Exchange::Swap { a: c, b: d }) {
+                let uneven = (gap + 2.0 * shift).abs();
+                if uneven < least && fits(shift) && layer.allows(Exchange::Swap { a: c, b: d }) {
+                    least = uneven;
                     best = Some(Swaps {
                         first,
                         second: Some((c, d)),
@@ -223,7 +218,7 @@ impl Links {
         make(&mut self.layer);
         let mut value = self.worth.bound(&self.layer, experts, &mut self.bounds);
         if value < least {
-            value = self.worth.after(&self.layer, &self.bounds, least);
+            value = self.worth.after(&self.layer, experts, &self.bounds, least);
         }
         if value < least {
             self.worth.take(&self.layer, experts);
@@ -232,7 +227,7 @@ impl Links {
             self.carried[self.layer.rank(to)] += swaps.shift;
         } else {
             make(&mut self.layer);
-            self.worth.keep_found(&self.layer, |_, _, _| ());
+            self.worth.keep_found(&self.layer);
         }
     }
 }

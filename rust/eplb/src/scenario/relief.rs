@@ -14,7 +14,7 @@ use super::best::{self, Kind, Scratch};
 use super::layer::Layer;
 use super::paths::{self, Path};
 use super::search::Made;
-use super::sets::Worth;
+use super::worth::Worth;
 use super::{Scenarios, layer_of};
 use crate::balance::{Budget, Fuel};
 use crate::placement::Placement;

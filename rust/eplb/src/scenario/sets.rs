@@ -1,14 +1,10 @@
-//! What a layer is worth when tokens are split anew for the load that has come.
+//! Sets of ranks that bound what a layer can be worth where tokens are split anew.
 //!
-//! The least possible largest rank load is the largest mean, over all sets of ranks, of the load of
-//! experts that these ranks hold alone. Each set gives a bound that holds for any placement, and an
-//! exchange changes its mean by the loads of the experts it concerns. So the sets that were largest
-//! once are kept, and tell most exchanges that do not help; a flow decides on the others, and finds
-//! the sets that were missing.
+//! No split makes the largest rank load less than the mean, over a set of ranks, of the load of
+//! experts that these hold alone. That is so for any placement, and an exchange changes the mean by
+//! the loads of the experts it concerns.
 
 use super::layer::Layer;
-use super::rows::WHOLE;
-use crate::split::{Flow, LayerGraph};
 
 /// How many sets of ranks are kept for each load, one bit each.
 const MOST: usize = u64::BITS as usize;
@@ -18,172 +14,6 @@ type Row = [f32; MOST];
 
 /// Rows are worked on in parts of so many sets, up to the last that is in use.
 const LANES: usize = 16;
-
-/// The largest rank load of the best split of a layer, in units of the mean one, in the mean over
-/// several loads.
-#[derive(Debug)]
-pub(super) struct Worth {
-    pub(super) cases: Vec<Case>,
-    graph: LayerGraph,
-    flow: Flow,
-    /// The load to solve first: the one that refused an exchange last.
-    first: usize,
-    /// Sets that flows found and that are not kept yet: the load, and where its ranks end.
-    found: Vec<(usize, usize)>,
-    found_ranks: Vec<u32>,
-}
-
-/// One of the loads.
-#[derive(Debug)]
-pub(super) struct Case {
-    /// How much it counts; all add up to 1.
-    pub(super) weight: f32,
-    /// The load of each expert, `[E]`, in units of the mean load of a rank; and in whole numbers.
-    pub(super) loads: Vec<f32>,
-    tokens: Vec<i64>,
-    /// What the layer is worth under this load, and the layer that was looked at last.
-    level: f32,
-    next: f32,
-    pub(super) sets: Sets,
-}
-
-impl Worth {
-    /// Solves a layer for some loads, `[E]` each, with weights that add up to 1.
-    pub(super) fn new<'a>(layer: &Layer, loads: impl Iterator<Item = (&'a [f32], f64)>) -> Self {
-        let (num_ranks, num_experts) = (layer.num_ranks(), layer.num_experts());
-        let case = |(row, weight): (&[f32], f64)| {
-            let total: f64 = row.iter().map(|&load| f64::from(load)).sum();
-            let scale = match total > 0.0 {
-                true => num_ranks as f64 / total,
-                false => 0.0,
-            };
-            let scaled = row.iter().map(|&load| f64::from(load) * scale);
-            Case {
-                weight: weight as f32,
-                loads: scaled.clone().map(|load| load as f32).collect(),
-                tokens: scaled.map(|load| (load * WHOLE) as i64).collect(),
-                level: 1.0,
-                next: 1.0,
-                sets: Sets::new(num_ranks, num_experts),
-            }
-        };
-        let mut worth = Self {
-            cases: loads.map(case).collect(),
-            graph: LayerGraph::new(num_experts, layer.ranks()),
-            flow: Flow::with_capacity(num_ranks, num_experts, layer.ranks().len()),
-            first: 0,
-            found: Vec::new(),
-            found_ranks: Vec::new(),
-        };
-        worth.solve(layer);
-        worth
-    }
-
-    /// What the layer is worth; 1 is the least there is.
-    pub(super) fn value(&self) -> f32 {
-        let levels = self.cases.iter().map(|case| case.weight * case.level);
-        levels.sum()
-    }
-
-    /// Solves the layer as it is, and keeps the sets that show it.
-    pub(super) fn solve(&mut self, layer: &Layer) {
-        self.graph.take(layer.experts(), layer.counts());
-        for index in 0..self.cases.len() {
-            let level = self.level(index, i64::MAX);
-            self.cases[index].level = level;
-        }
-        self.keep_found(layer, |_, _, _| ());
-    }
-
-    /// A bound for what a layer is worth in which some experts, 4 at most, are elsewhere; with the
-    /// bounds for each load.
-    #[inline(always)]
-    pub(super) fn bound(&self, layer: &Layer, experts: &[usize], bounds: &mut Vec<f32>) -> f32 {
-        bounds.clear();
-        let mut value = 0.0;
-        for case in &self.cases {
-            let mut shifts = [Shift::default(); 4];
-            for (shift, &expert) in shifts.iter_mut().zip(experts) {
-                let (before, after) = (
-                    case.sets.alone[expert],
-                    case.sets.holding(layer, expert, None),
-                );
-                *shift = Shift::new(case.loads[expert], before, after);
-            }
-            let bound = case.sets.largest(&shifts[..experts.len()]);
-            bounds.push(bound);
-            value += case.weight * bound;
-        }
-        value
-    }
-
-    /// Takes note that some experts are elsewhere.
-    pub(super) fn moved(&mut self, layer: &Layer, experts: &[usize]) {
-        for case in &mut self.cases {
-            case.sets.moved(layer, &case.loads, experts);
-        }
-    }
-
-    /// The same for a layer that was solved last by [`after`](Self::after), below its limit.
-    pub(super) fn take(&mut self, layer: &Layer, experts: &[usize]) {
-        self.moved(layer, experts);
-        for case in &mut self.cases {
-            case.level = case.next;
-        }
-        self.keep_found(layer, |_, _, _| ());
-    }
-
-    /// What a layer is worth that differs from the one solved last, or something that is not below
-    /// `limit`. `bounds` are lower bounds for each load. The layer that was solved has to be
-    /// restored before [`keep_found`](Self::keep_found).
-    pub(super) fn after(&mut self, layer: &Layer, bounds: &[f32], limit: f32) -> f32 {
-        self.graph.take(layer.experts(), layer.counts());
-        let pairs = self.cases.iter().zip(bounds);
-        let mut value: f32 = pairs.map(|(case, bound)| case.weight * bound).sum();
-        let num_cases = self.cases.len();
-        for turn in 0..num_cases {
-            let index = (self.first + turn) % num_cases;
-            let (weight, bound) = (self.cases[index].weight, bounds[index]);
-            let room = f64::from(bound) + f64::from((limit - value) / weight);
-            let level = self.level(index, (room * WHOLE) as i64);
-            self.cases[index].next = level;
-            value += weight * (level - bound).max(0.0);
-            if value >= limit {
-                self.first = index;
-                break;
-            }
-        }
-        value
-    }
-
-    /// The level of the graph under one load, or a bound for it above `limit`.
-    fn level(&mut self, index: usize, limit: i64) -> f32 {
-        let case = &self.cases[index];
-        let level = self
-            .flow
-            .solve_below(&self.graph.graph(), &case.tokens, limit);
-        self.found_ranks.extend_from_slice(&self.flow.tight);
-        self.found.push((index, self.found_ranks.len()));
-        ((level as f64 / WHOLE) as f32).max(1.0)
-    }
-
-    /// Keeps the sets that flows have found, and calls `mark` with the load and the number of each
-    /// that is new.
-    #[inline(always)]
-    pub(super) fn keep_found(&mut self, layer: &Layer, mut mark: impl FnMut(&Case, usize, usize)) {
-        let mut begin = 0;
-        for &(index, end) in &self.found {
-            let case = &mut self.cases[index];
-            let ranks = &self.found_ranks[begin..end];
-            if case.sets.keep(layer, &case.loads, ranks) {
-                mark(case, index, case.sets.tight);
-            }
-            begin = end;
-        }
-        self.found.clear();
-        self.found_ranks.clear();
-    }
-}
 
 /// What it does to sets that an expert is elsewhere.
 #[derive(Debug, Clone, Copy, Default)]
@@ -217,14 +47,15 @@ pub(super) struct Sets {
     inverse: Row,
     sums: [f64; MOST],
     means: Row,
-    /// The set that was tight last, and when each was.
+    /// The set that is tight, the one that was found last, and when each was.
     tight: usize,
+    latest: usize,
     stamps: [u32; MOST],
     clock: u32,
 }
 
 impl Sets {
-    fn new(num_ranks: usize, num_experts: usize) -> Self {
+    pub(super) fn new(num_ranks: usize, num_experts: usize) -> Self {
         Self {
             len: 0,
             within: vec![0; num_ranks],
@@ -233,18 +64,19 @@ impl Sets {
             sums: [0.0; MOST],
             means: [0.0; MOST],
             tight: 0,
+            latest: 0,
             stamps: [0; MOST],
             clock: 0,
         }
     }
 
-    /// Keeps a set, in the place of the one that has not been tight for longest; whether it is new.
-    fn keep(&mut self, layer: &Layer, loads: &[f32], ranks: &[u32]) -> bool {
+    /// Keeps a set, in the place of the one that has not been tight for longest.
+    pub(super) fn keep(&mut self, layer: &Layer, loads: &[f32], ranks: &[u32]) {
         self.clock += 1;
         if let Some(known) = self.find(ranks) {
-            self.tight = known;
+            self.latest = known;
             self.stamps[known] = self.clock;
-            return false;
+            return;
         }
         let set = if self.len < MOST {
             self.len += 1;
@@ -262,17 +94,27 @@ impl Sets {
         }
         self.inverse[set] = 1.0 / ranks.len() as f32;
         self.stamps[set] = self.clock;
-        self.tight = set;
-        self.sums[set] = 0.0;
-        for (expert, &load) in loads.iter().enumerate() {
-            let holds = self.holding(layer, expert, None) & bit;
-            self.alone[expert] = self.alone[expert] & !bit | holds;
-            if holds != 0 {
-                self.sums[set] += f64::from(load);
+        self.latest = set;
+        for sets in &mut self.alone {
+            *sets &= !bit;
+        }
+        let mut sum = 0.0;
+        for &rank in ranks {
+            for slot in layer.slots(rank as usize) {
+                let expert = layer.expert(slot);
+                if (self.holding(layer, expert, None) & !self.alone[expert]) & bit != 0 {
+                    self.alone[expert] |= bit;
+                    sum += f64::from(loads[expert]);
+                }
             }
         }
+        self.sums[set] = sum;
         self.means[set] = (self.sums[set] / ranks.len() as f64) as f32;
-        true
+    }
+
+    /// Takes note that the set that was kept last is tight.
+    pub(super) fn hold_tight(&mut self) {
+        self.tight = self.latest;
     }
 
     /// Which of the sets has these ranks.
@@ -318,21 +160,11 @@ impl Sets {
         self.holding(layer, layer.expert(slot), Some(slot))
     }
 
-    /// The mean of a set after some shifts.
+    /// What it does to the sets that an expert is where the layer has it now.
     #[inline(always)]
-    pub(super) fn mean(&self, set: usize, shifts: &[Shift]) -> f32 {
-        let mut change = 0.0;
-        for shift in shifts {
-            let (gained, lost) = (shift.gained >> set & 1, shift.lost >> set & 1);
-            change += (gained as f32 - lost as f32) * shift.load;
-        }
-        self.means[set] + change * self.inverse[set]
-    }
-
-    /// The mean of the set that was tight last, after some shifts.
-    #[inline(always)]
-    pub(super) fn tight_mean(&self, shifts: &[Shift]) -> f32 {
-        self.mean(self.tight, shifts)
+    pub(super) fn shift(&self, layer: &Layer, expert: usize, load: f32) -> Shift {
+        let after = self.holding(layer, expert, None);
+        Shift::new(load, self.alone[expert], after)
     }
 
     /// The largest mean after some shifts; 1 if that is larger.
@@ -369,7 +201,7 @@ impl Sets {
     }
 
     /// Takes note that experts are elsewhere.
-    fn moved(&mut self, layer: &Layer, loads: &[f32], experts: &[usize]) {
+    pub(super) fn moved(&mut self, layer: &Layer, loads: &[f32], experts: &[usize]) {
         for &expert in experts {
             let (before, after) = (self.alone[expert], self.holding(layer, expert, None));
             self.alone[expert] = after;

@@ -108,19 +108,14 @@ impl Flow {
     /// Splits a layer's loads, whole numbers whose sum fits 53 bits, and returns the level: the
     /// largest rank load, which no split can make smaller.
     pub(crate) fn solve(&mut self, graph: &Graph<'_>, load: &[i64]) -> i64 {
-        self.solve_below(graph, load, i64::MAX)
-    }
-
-    /// The same, but ends as soon as the level is known to be above `limit`: what it returns then
-    /// is the mean of the tight ranks, and the flow none in particular.
-    pub(crate) fn solve_below(&mut self, graph: &Graph<'_>, load: &[i64], limit: i64) -> i64 {
         self.rank_load.fill(0);
-        self.pour(graph, load, 0, limit)
+        self.pour(graph, load, 0, i64::MAX)
     }
 
     /// The same on top of what ranks carry already, for a level that is known to be at least
-    /// `level`.
-    pub(super) fn pour(
+    /// `level`; but it ends as soon as the level is known to be above `limit`: what it returns then
+    /// is the mean of the tight ranks, and the flow none in particular.
+    pub(crate) fn pour(
         &mut self,
         graph: &Graph<'_>,
         load: &[i64],

@@ -285,58 +285,57 @@ impl Graphs {
     }
 }
 
-/// The graph of one layer whose slots change.
+/// The graph of one layer whose slots change, without the experts that fill one.
 #[derive(Debug)]
 pub(crate) struct LayerGraph {
     graphs: Graphs,
-    scratch: Scratch,
+    fill: Vec<u32>,
+    component: Vec<u32>,
 }
 
 impl LayerGraph {
-    /// For a layer whose slots are on these ranks.
-    pub(crate) fn new(num_experts: usize, ranks: &[u32]) -> Self {
-        let num_ranks = ranks.last().map_or(0, |&rank| rank as usize + 1);
+    pub(crate) fn new(num_ranks: usize) -> Self {
         Self {
             graphs: Graphs {
                 num_ranks,
+                single_ends: vec![0; num_ranks],
                 ..Graphs::default()
             },
-            scratch: Scratch {
-                item_of: vec![NONE; num_experts],
-                begins: Vec::new(),
-                ranks: ranks.to_vec(),
-                fill: Vec::new(),
-                component: vec![0; num_ranks],
-            },
+            fill: Vec::new(),
+            component: vec![0; num_ranks],
         }
     }
 
-    /// Takes what the slots hold now, and how many of them each expert has.
-    pub(crate) fn take(&mut self, phy2log: &[i64], counts: &[i64]) {
-        let Graphs {
-            num_ranks: _,
-            singles,
-            single_ends,
-            items,
-            entries,
-            at_rank,
-            at_rank_ends,
-            component_ranks,
-            component_ends,
-            slots,
-            ends,
-        } = &mut self.graphs;
-        singles.clear();
-        single_ends.clear();
-        items.clear();
-        entries.clear();
-        at_rank.clear();
-        at_rank_ends.clear();
-        component_ranks.clear();
-        component_ends.clear();
-        slots.clear();
-        ends.clear();
-        self.graphs.add_layer(phy2log, counts, &mut self.scratch);
+    /// Takes the experts that fill several slots, and the ranks of these.
+    pub(crate) fn take(&mut self, experts: impl Iterator<Item = (u32, impl Iterator<Item = u32>)>) {
+        let graphs = &mut self.graphs;
+        graphs.items.clear();
+        graphs.entries.clear();
+        graphs.at_rank.clear();
+        graphs.at_rank_ends.clear();
+        graphs.component_ranks.clear();
+        graphs.component_ends.clear();
+        graphs.ends.clear();
+        for (expert, ranks) in experts {
+            let begin = graphs.entries.len();
+            for rank in ranks {
+                let known = graphs.entries[begin..]
+                    .iter()
+                    .any(|entry| entry.rank == rank);
+                if !known {
+                    graphs.entries.push(Entry { rank });
+                }
+            }
+            graphs.items.push(Item {
+                expert,
+                begin: begin as u32,
+                end: graphs.entries.len() as u32,
+            });
+        }
+        graphs.index_ranks(0, 0, &mut self.fill);
+        let components = graphs.join_components(0, 0, &mut self.component, &mut self.fill);
+        let (items, entries) = (graphs.items.len(), graphs.entries.len());
+        graphs.ends.push([0, items, entries, components, 0]);
     }
 
     pub(crate) fn graph(&self) -> Graph<'_> {

@@ -111,12 +111,12 @@ impl Walker<'_> {
         let mut hots = std::mem::take(&mut self.scratch.hots);
         hots.clear();
         for slot in self.ranks.slots(heavy) {
-            let Some(expert) = self.table.expert_in(Site::new(heavy, slot)) else {
+            let site = Site::new(heavy, slot);
+            let Some(expert) = self.table.expert_in(site) else {
                 continue;
             };
-            let count = self.table.count(expert);
-            let before = share(self.weight[expert], count);
-            let after = share(self.weight[expert], count + 1);
+            let before = self.table.carried_in(site, self.weight, expert);
+            let after = share(self.weight[expert], self.table.count(expert) + 1);
             let over = &self.scratch.over;
             let mut relief = 0;
             self.table.each_host(expert, |rank, times| {
@@ -140,41 +140,35 @@ impl Walker<'_> {
     fn list_colds(&mut self, enough: i64) {
         let mut colds = std::mem::take(&mut self.scratch.colds);
         colds.clear();
-        for rank in 0..self.ranks.len() {
-            let over = &self.scratch.over;
-            let own = self.relief(over[rank], 0);
-            for slot in self.ranks.slots(rank) {
-                let site = Site::new(rank, slot);
-                let Some(expert) = self.table.expert_in(site) else {
-                    continue;
-                };
-                let count = self.table.count(expert);
-                if count == 1 {
-                    continue;
+        let over = &self.scratch.over;
+        for &site in self.table.shared() {
+            let rank = site.rank();
+            let Some(expert) = self.table.expert_in(site) else {
+                continue;
+            };
+            let before = self.table.carried_in(site, self.weight, expert);
+            let fewer = self.table.count(expert) - 1;
+            let more = share(self.weight[expert], fewer) - before;
+            let mut burden = 0;
+            let mut times = 1;
+            self.table.each_host(expert, |host, here| {
+                if host == rank {
+                    times = here;
+                } else {
+                    burden -= self.relief(over[host], over[host] + here * more);
                 }
-                let before = share(self.weight[expert], count);
-                let more = share(self.weight[expert], count - 1) - before;
-                let mut burden = 0;
-                let mut times = 1;
-                self.table.each_host(expert, |host, here| {
-                    if host == rank {
-                        times = here;
-                    } else {
-                        burden -= self.relief(over[host], over[host] + here * more);
-                    }
+            });
+            let most = self.relief(over[rank], 0) - burden;
+            if most > enough {
+                let leaves = times == 1 && !self.is_home(rank, expert);
+                colds.push(Cold {
+                    site,
+                    expert: expert as u32,
+                    load: self.table.load[rank] - before + (times - 1) * more,
+                    burden,
+                    most,
+                    unmoves: i32::from(leaves),
                 });
-                let most = own - burden;
-                if most > enough {
-                    let leaves = times == 1 && !self.is_home(rank, expert);
-                    colds.push(Cold {
-                        site,
-                        expert: expert as u32,
-                        load: self.table.load[rank] - before + (times - 1) * more,
-                        burden,
-                        most,
-                        unmoves: i32::from(leaves),
-                    });
-                }
             }
         }
         self.scratch.colds = colds;

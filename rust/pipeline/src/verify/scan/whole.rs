@@ -193,13 +193,7 @@ impl Walk<'_> {
                 let message = format!(
                     "the gradients of stage {stage} are not reduced on rank {rank}, which holds copy {copy} of it"
                 );
-                return Err(Violation::at(
-                    self.schedule,
-                    Rule::Reduction,
-                    rank,
-                    end,
-                    message,
-                ));
+                return Err(self.reduction_fault(rank, end, message));
             }
             if wanted && reduced && !waited {
                 let index = self.find(rank, |op| {
@@ -207,19 +201,18 @@ impl Walk<'_> {
                 });
                 let message =
                     format!("nothing waits for the reduction of stage {stage} on rank {rank}");
-                return Err(Violation::at(
-                    self.schedule,
-                    Rule::Reduction,
-                    rank,
-                    index,
-                    message,
-                ));
+                return Err(self.reduction_fault(rank, index, message));
             }
         }
         if layout.num_copies() == 1 {
             return Ok(());
         }
-        // Two ranks that share stages start their reductions in the same order.
+        self.reduction_order()
+    }
+
+    /// Two ranks that share stages start their reductions in the same order.
+    fn reduction_order(&self) -> Result<(), Violation> {
+        let layout = self.schedule.layout();
         let order_of = |rank: usize| -> Vec<(usize, u16)> {
             let stream = self.schedule.stream(rank).iter().enumerate();
             stream
@@ -245,17 +238,18 @@ impl Walk<'_> {
                     let message = format!(
                         "rank {peer} reduces stage {stage} at this point; reduce in the same order on both"
                     );
-                    return Err(Violation::at(
+                    return Err(self.reduction_fault(rank, index, message).with_other(
                         self.schedule,
-                        Rule::Reduction,
-                        rank,
-                        index,
-                        message,
-                    )
-                    .with_other(self.schedule, peer, peer_index));
+                        peer,
+                        peer_index,
+                    ));
                 }
             }
         }
         Ok(())
+    }
+
+    fn reduction_fault(&self, rank: usize, index: usize, message: String) -> Violation {
+        Violation::at(self.schedule, Rule::Reduction, rank, index, message)
     }
 }

@@ -1,7 +1,5 @@
 """Tokens to replicas: as predicted to the token, on every rule."""
 
-from pathlib import Path
-
 import eplb_rs
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ from eplb_rs.loads import read_loads
 from eplb_rs.testing import topologies
 from hypothesis import given
 from hypothesis import strategies as st
+from recordings import DEEPSEEK_R1
 
 torch = pytest.importorskip("torch")
 
@@ -16,7 +15,6 @@ from eplb_rs.moe import RoutingTable, predicted_tokens, routing_rows  # noqa: E4
 
 TOPOLOGY = eplb_rs.Topology(2, 2, 5)
 EXPERTS, LAYERS = 12, 3
-EXAMPLES = Path(__file__).parents[2] / "examples" / "data"
 
 
 def plan_for(rng, topology=TOPOLOGY):
@@ -126,7 +124,7 @@ def test_any_topology(topology, seed, index):
 def test_few_moves_make_two_ranks_as_even_as_a_random_router():
     """8,192 tokens a rank, 8 of 256 experts each, of the least even of DeepSeek-R1's layers and a
     median one: rows of the fuller rank, as they are and filled up to tiles of 128."""
-    loads = read_loads(EXAMPLES / "deepseek_r1_1k1k.json").loads.sum(axis=0)
+    loads = read_loads(DEEPSEEK_R1).loads.sum(axis=0)
     by_rank = loads.reshape(len(loads), 2, 128).sum(axis=2)
     uneven = np.argsort(by_rank.max(axis=1) / by_rank.sum(axis=1), kind="stable")
     loads = np.stack([np.ones(256), loads[uneven[-1]], loads[uneven[len(uneven) // 2]]])

@@ -265,7 +265,7 @@ def trained(rank, **settings):
     whole = [one.requires_grad_() for one in whole_weights(False)]
     peer = torch.optim.SGD(whole, lr=0.02, momentum=0.9)
     loop = None
-    for number in range(26):
+    for number in range(20):
         x, gates, ids = tokens(rank, number, 1)
         gates = gates / 4
         model(x, gates, ids).square().mean().backward()
@@ -433,15 +433,10 @@ TOGETHER = [
 ]
 
 
-def together(rank, size):
-    return {part.__name__: part(rank, size) for part in TOGETHER}
-
-
 @pytest.fixture(scope="module")
 def told():
     """What each rank has to say of each part: one world for all of them."""
-    by_rank = world.run(together, 4)
-    return {part.__name__: [one[part.__name__] for one in by_rank] for part in TOGETHER}
+    return world.run_parts(TOGETHER, 4)
 
 
 def dying(rank, size, seed):

@@ -106,17 +106,6 @@ def through_moves(rank, size, exact, num_passes):
     return mixed
 
 
-@pytest.mark.parametrize("exact", [True, False], ids=["whole numbers", "floats"])
-def test_as_on_one_process(exact):
-    world.run(with_many_plans, 4, exact, 12)
-
-
-@pytest.mark.parametrize("exact", [True, False], ids=["whole numbers", "floats"])
-def test_no_wrong_token_through_moves(exact):
-    mixed = world.run(through_moves, 4, exact, 40)
-    assert min(mixed) >= 3, "passes with some layers old and some new"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("exact", [True, False], ids=["whole numbers", "floats"])
 def test_as_on_one_process_with_200_plans(exact):
@@ -140,12 +129,6 @@ def too_many(rank, size):
     return None
 
 
-def test_overflow_is_told():
-    told = world.run(too_many, 2 * 2)
-    assert all("`capacity` (2)" in message for message in told), "on all ranks alike"
-    assert len(set(told)) == 1
-
-
 def empty_passes(rank, size):
     """Some ranks have no tokens, or none that chose an expert."""
     plan = random_plan(0)
@@ -158,10 +141,6 @@ def empty_passes(rank, size):
     out.sum().backward()
     assert torch.equal(out, x.detach())
     return out.shape
-
-
-def test_ranks_without_tokens():
-    assert world.run(empty_passes, 4) == [(0, 16), (4, 16), (0, 16), (0, 16)]
 
 
 def load_is_recorded(rank, size):
@@ -178,5 +157,54 @@ def load_is_recorded(rank, size):
         assert torch.equal(model.layers[layer].load_E, counts[layer])
 
 
-def test_load_is_recorded():
-    world.run(load_is_recorded, 4)
+def plans_in_whole_numbers(rank, size):
+    with_many_plans(rank, size, True, 12)
+
+
+def plans_in_floats(rank, size):
+    with_many_plans(rank, size, False, 12)
+
+
+def moves_in_whole_numbers(rank, size):
+    return through_moves(rank, size, True, 40)
+
+
+def moves_in_floats(rank, size):
+    return through_moves(rank, size, False, 40)
+
+
+TOGETHER = [
+    plans_in_whole_numbers,
+    plans_in_floats,
+    moves_in_whole_numbers,
+    moves_in_floats,
+    too_many,
+    empty_passes,
+    load_is_recorded,
+]
+
+
+@pytest.fixture(scope="module")
+def told():
+    """What each rank has to say of each part: one world for all of them."""
+    return world.run_parts(TOGETHER, 4)
+
+
+@pytest.mark.parametrize("part", [plans_in_whole_numbers, plans_in_floats, load_is_recorded])
+def test_as_on_one_process(told, part):
+    assert told[part.__name__] == [None] * 4, "what differs is raised on the rank"
+
+
+@pytest.mark.parametrize("part", [moves_in_whole_numbers, moves_in_floats])
+def test_no_wrong_token_through_moves(told, part):
+    assert min(told[part.__name__]) >= 3, "passes with some layers old and some new"
+
+
+def test_overflow_is_told(told):
+    messages = told["too_many"]
+    assert all("`capacity` (2)" in message for message in messages), "on all ranks alike"
+    assert len(set(messages)) == 1
+
+
+def test_ranks_without_tokens(told):
+    assert told["empty_passes"] == [(0, 16), (4, 16), (0, 16), (0, 16)]

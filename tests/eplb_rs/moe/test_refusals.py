@@ -311,15 +311,10 @@ TOGETHER = [
 ]
 
 
-def together(rank, size):
-    return {part.__name__: part(rank, size) for part in TOGETHER}
-
-
 @pytest.fixture(scope="module")
 def told():
     """What each rank has to say of each part: one world for all of them."""
-    by_rank = world.run(together, 4)
-    return {part.__name__: [one[part.__name__] for one in by_rank] for part in TOGETHER}
+    return world.run_parts(TOGETHER, 4)
 
 
 @pytest.mark.parametrize("part", [layers_refuse, movers_refuse])
