@@ -56,6 +56,10 @@ const FURTHER_MOVES: f64 = 2.0;
 /// too much is handed back where it is dearest.
 const NEAR: f64 = 0.95;
 
+/// What part of the way to the floor an aim may leave to be called far: where steps at no move alone
+/// lead to is then of no use.
+const FAR: f64 = 0.25;
+
 /// How few moves lead how far: the moves, over all layers, and the balance then.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Milestone {
@@ -228,10 +232,12 @@ impl Scratch {
             (Some(most), _) => self.walk_moves(most.saturating_sub(self.forced()), budget),
             (None, Some(balance)) => {
                 let aim = self.aim_of_balance(balance) * NEAR;
-                self.walk_to(&[aim.max(LEAST_AIM)], budget);
+                let (mean, largest) = self.mean_and_largest();
+                let is_far = aim < FAR * self.aim_of_balance(mean / largest);
+                self.walk_to(&[aim.max(LEAST_AIM)], !is_far, budget);
             }
-            (None, None) if whole => self.walk_to(&LEVELS, budget),
-            (None, None) => self.walk_to(&LAST_LEVELS, budget),
+            (None, None) if whole => self.walk_to(&LEVELS, true, budget),
+            (None, None) => self.walk_to(&LAST_LEVELS, true, budget),
         }
         self.list_pieces(reach);
     }
@@ -272,10 +278,14 @@ impl Scratch {
         self.list_pieces(reach);
     }
 
-    /// Walks to levels, given as fractions above the floor of each layer.
-    fn walk_to(&mut self, aims: &[f64], budget: Budget) {
-        let mut meter = Meter::new(budget, self.layers.len() * (aims.len() + 1));
-        self.walk_for_nothing(&mut meter);
+    /// Walks to levels, given as fractions above the floor of each layer, and first of all as far as
+    /// that is possible at no move, if that is wanted.
+    fn walk_to(&mut self, aims: &[f64], for_nothing: bool, budget: Budget) {
+        let walks = aims.len() + usize::from(for_nothing);
+        let mut meter = Meter::new(budget, self.layers.len() * walks);
+        if for_nothing {
+            self.walk_for_nothing(&mut meter);
+        }
         for &aim in aims {
             self.walk_once(aim, usize::MAX, &mut meter);
         }
