@@ -9,7 +9,7 @@ from eplb_rs.scenarios import Outlook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from placements import arrivals, check
-from recordings import DATA, ESFT
+from recordings import DEEPSEEK_R1, ESFT
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_copies_scatter_as_windows_have():
 
 def test_a_load_without_noise_is_planned_for_itself():
     """Millions of tokens: plans for what has been are at least as good as the reference's."""
-    paths = (DATA / f"deepseek_r1_{name}.json" for name in ("1k1k", "1k8k"))
+    paths = (DEEPSEEK_R1, DEEPSEEK_R1.with_name("deepseek_r1_1k8k.json"))
     before, after = (read_loads(path).total.astype(np.float32) for path in paths)
     made = planner(288, 32)
     reference = Planner(made.topology, policy="deepseek").plan(before)

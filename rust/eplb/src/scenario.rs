@@ -323,10 +323,10 @@ impl Work<'_> {
             if self.over_layers {
                 search::descend(&mut layer, &futures, most, &mut fuel, path);
             } else {
-                let other = self
+                let mut rows = self
                     .other
-                    .map(|other| &other.phy2log()[number * num_slots..]);
-                let other = other.map(|rows| &rows[..num_slots]);
+                    .map(|other| other.phy2log().chunks_exact(num_slots));
+                let other = rows.as_mut().and_then(|rows| rows.nth(number));
                 climb::climb(&mut layer, &futures, self.split, most, other, &mut fuel);
             }
             layer.write(slots);

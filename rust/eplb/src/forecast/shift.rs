@@ -55,10 +55,10 @@ pub(super) fn variation(
 ///
 /// A window's *distance* is its [total variation](total_variation) from all windows since the last
 /// shift, in the mean over layers. If each token chose its expert by itself, the numbers of tokens
-/// would say how large it is on average: at most `sum over experts of sqrt(a + b) / (2 sqrt(A B))`, for counts a
-/// and b that add up to A and B. Tokens come in texts, and loads drift, so what is usual is a multiple of that: the
-/// median of the last 8, and 1 before. Where the distance exceeds the usual one by more than the
-/// threshold, the domain has shifted.
+/// would say how large it is on average: at most the sum of `sqrt(a + b) / (2 sqrt(A B))` over
+/// experts, for counts a and b that add up to A and B. Tokens come in texts, and loads drift, so
+/// what is usual is a multiple of that: the median of the last 8, and 1 before. Where the distance
+/// exceeds the usual one by more than the threshold, the domain has shifted.
 pub const SHIFT_THRESHOLD: f64 = 0.15;
 
 /// How far apart samples of one and the same load are on average, at most: half the sum over
