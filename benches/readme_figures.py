@@ -8,7 +8,7 @@ write. Nothing in the block is typed by hand: whoever runs a benchmark anew runs
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ END = "<!-- end: figures -->"
 PLANS = (("DeepSeek-R1 1k1k", 288, 32), ("DeepSeek-R1 1k1k", 320, 64), ("log-normal s=1", 288, 32))
 LONG = "sequence 2048, 8 micro-batches"
 SHORT = "sequence 256, 32 micro-batches"
+PEERS = ("DeepSeek", "torch")
 CONTENDERS = {
     "DualPipe": ("DualPipe", "DeepSeek DualPipe", None),
     "DualPipeV": ("DualPipeV", "DeepSeek DualPipeV", "torch DualPipeV"),
@@ -31,7 +32,7 @@ CONTENDERS = {
 
 def figures() -> str:
     """The block in README.md, between its marks."""
-    return f"{placing()}\n{moving()}\n{stepping()}\n{pipelines()}"
+    return f"{placing()}\n{moving()}\n{stepping()}\n{serving()}\n{pipelines()}"
 
 
 def placing() -> str:
@@ -113,31 +114,56 @@ def stepping() -> str:
 
 
 def pipelines() -> str:
-    """Training steps on two GPUs."""
-    results = read("executor")
-    rows = []
-    for name, contenders in CONTENDERS.items():
-        found = [results["results"].get(contender) for contender in contenders]
-        rows.append(
-            [
-                name,
-                *(ratio(each, LONG, "step / ideal") for each in found),
-                *(ratio(each, SHORT, "step / launch-free ideal") for each in found),
-                *(peak(each) for each in found),
-            ]
-        )
-    gpus = results["machine"]["gpus"]
+    """Training steps on two GPUs, and of newer code on the halves of one."""
+    results, halves = read("executor"), read("executor_half_gpus")
+    gpus, halved = results["machine"]["gpus"], halves["machine"]["gpus"][0]
+    commits = sorted({halves["commit"], *halves["of earlier commits"].values()})
     return paragraphs(
         "**Pipelines.** A training step of a transformer in bf16 over the time of one rank's share "
         "without a pipeline: 8 long micro-batches, and 32 short ones (there the ideal launches no "
         "kernels, it replays a CUDA graph); and the peak memory of the first.",
-        table(
-            "schedule | 8 long: eplb-rs | DeepSeek | torch | 32 short: eplb-rs | DeepSeek | torch | "
-            "GiB: eplb-rs | DeepSeek | torch",
-            rows,
-        ),
+        training(results, PEERS),
         f"Measured on {len(gpus)} {gpus[0]}, torch {results['machine']['torch']}, medians; "
         f"commit {results['commit'][:10]}.",
+        f"Newer code on the two halves of one {halved}, which both ran the ideal too. It is under 1 "
+        "where matrix products add weight gradients themselves, which the ideal leaves to autograd:",
+        training(halves, PEERS[:1]),
+        f"torch {halves['machine']['torch']}, medians; commits "
+        f"{' and '.join(commit[:10] for commit in commits)}.",
+    )
+
+
+def training(results: dict[str, Any], peers: Sequence[str]) -> str:
+    """A row for each schedule: steps long and short, and memory, of ours and of the peers."""
+    kinds = {
+        "8 long": lambda found: ratio(found, LONG, "step / ideal"),
+        "32 short": lambda found: ratio(found, SHORT, "step / launch-free ideal"),
+        "GiB": peak,
+    }
+    names = ("eplb-rs", *peers)
+    columns = [f"{kind}: {name}" if name == names[0] else name for kind in kinds for name in names]
+    rows = []
+    for schedule, contenders in CONTENDERS.items():
+        found = [results["results"].get(contender) for contender in contenders[: len(names)]]
+        rows.append([schedule, *(cell(each) for cell in kinds.values() for each in found)])
+    return table(" | ".join(["schedule", *columns]), rows)
+
+
+def serving() -> str:
+    """A rank's share of an expert-parallel layer on one GPU, before and after balancing."""
+    results = read("moe_layer_one_gpu")
+    steps = results["results"]["step"]["triton"]
+    before, after = (
+        [f"{steps[f'{layer} {when}']['step / ideal'][1]:.3f}" for layer in ("worst", "median")]
+        for when in ("before", "after")
+    )
+    return paragraphs(
+        "**Experts in a layer.** The slower of two ranks' shares of a DeepSeek-V3 layer, forward "
+        "and backward, over that of a router which chooses at random, for DeepSeek-R1's least even "
+        f"and median layer: {before[0]} and {before[1]} before balancing, {after[0]} and "
+        f"{after[1]} after.",
+        f"Each share in turn on one {results['gpus']['gpus'][0]}, copies in memory for the exchange, "
+        f"torch {results['gpus']['torch']}, medians; commit {results['commit'][:10]}.",
     )
 
 
