@@ -140,7 +140,8 @@ bench: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time everythi
 	@$(STEP) 'figures in README.md' $(BIN)/python benches/readme_figures.py
 
 .PHONY: bench-gpu
-bench-gpu: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time an expert-parallel layer and its moves; needs two GPUs
+bench-gpu: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time an expert-parallel layer and its moves; needs a GPU, its second part two
+	@$(STEP) 'experts on one GPU' $(BIN)/python benches/moe_one_gpu.py
 	@$(STEP) 'experts on two GPUs' $(BIN)/python benches/moe_layer.py
 
 .PHONY: wheel

@@ -2,7 +2,7 @@
 
     python benches/executor.py [--deepseek CHECKOUT] [--only NAME ...] [--rounds 10]
                                [--halves [PERCENT PERCENT]] [--sequence LENGTH ...]
-                               [--output benches/results/executor.json]
+                               [--output benches/results/executor.json] [--add]
 
 Eight transformer layers (hidden 4096, FFN 14336, 32 heads, bf16), micro-batches of one sequence,
 mean squared error in float32, gradients accumulate, no optimizer.
@@ -369,6 +369,7 @@ def main() -> None:
     )
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--add", action="store_true", help="to what the output has of others")
     parser.add_argument("--worker")
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--folder")
@@ -395,14 +396,25 @@ def measure(
     wanted = launched("reference", args, shares)
     assert isinstance(wanted, dict), wanted
     results: dict[str, Any] = {}
+    earlier: dict[str, str] = {}
+    if args.add:
+        before = json.loads(args.output.read_text())
+        results = before["results"]
+        earlier = dict.fromkeys(results, before["commit"]) | before.get("of earlier commits", {})
     for name in names:
         found = launched(name, args, shares)
         if isinstance(found, dict) and name in CONTENDERS:
             check(found, wanted)
         results[name] = found
+        earlier.pop(name, None)
         print(name, json.dumps(found) if isinstance(found, dict) else found, flush=True)
         if args.output:
-            document = {"machine": machine(halves), "commit": commit(), "results": results}
+            document = {
+                "machine": machine(halves),
+                "commit": commit(),
+                "of earlier commits": earlier,
+                "results": results,
+            }
             args.output.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -17,6 +17,10 @@ __all__ = ["nccl_shares_gpus", "nccl_version", "two_halves"]
 
 _CONTROL = "nvidia-cuda-mps-control"
 
+_QUEUES = 8
+"""As many hardware queues as a process has without the service, which by itself leaves it two: then
+streams share them, and work that could run beside other work waits for it."""
+
 
 @contextlib.contextmanager
 def two_halves(percent: Sequence[int]) -> Iterator[list[dict[str, str]]]:
@@ -35,9 +39,10 @@ def two_halves(percent: Sequence[int]) -> Iterator[list[dict[str, str]]]:
     with tempfile.TemporaryDirectory(prefix="mps") as folder:
         own = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         environment = {**os.environ, **own}
+        each = {**own, "CUDA_DEVICE_MAX_CONNECTIONS": str(_QUEUES)}
         subprocess.run([control, "-d"], env=environment, check=True, timeout=20)
         try:
-            yield [{**own, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(share)} for share in percent]
+            yield [{**each, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(share)} for share in percent]
         finally:
             subprocess.run([control], env=environment, input=b"quit\n", check=False, timeout=30)
 

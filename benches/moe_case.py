@@ -307,10 +307,19 @@ def ratio(times: list[float], to: list[float]) -> list[float]:
     return [round(q, 4) for q in statistics.quantiles(ratios, n=4, method="inclusive")]
 
 
+def gpus() -> dict[str, Any]:
+    found: dict[str, Any] = {"torch": torch.__version__}
+    if torch.cuda.is_available():
+        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found["cuda"] = torch.version.cuda
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
 class Bench:
     """What all parts share: the plans, the weights and the cases."""
 
-    def __init__(self, rank: Rank, sizes: Sizes, rounds: int, *, fused: bool) -> None:
+    def __init__(self, rank: Rank, sizes: Sizes, rounds: int, *, fused: bool | None) -> None:
         self.rank, self.sizes, self.rounds, self.fused = rank, sizes, rounds, fused
         self.experts = Experts(sizes, rank.device)
         self.loads, self.chosen, self.imbalance = two_loads(sizes)

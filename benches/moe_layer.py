@@ -1,7 +1,8 @@
 """Times an expert-parallel layer and moves of its experts on two GPUs.
 
-    python benches/moe_layer.py [--rounds 20] [--fused] [--output benches/results/moe_layer.json]
-    python benches/moe_layer.py --alone --output ...    on one GPU, each rank's share in turn
+    python benches/moe_layer.py [--rounds 20] [--plain] [--output benches/results/moe_layer.json]
+
+Where there is one GPU, see `moe_one_gpu.py`.
 
 DeepSeek-V3's experts (hidden 7168, intermediate 2048, 256 experts, 8 of them for each of 8,192
 tokens a rank, bf16), one layer, forward and backward. Choices are drawn from the loads of two
@@ -36,25 +37,9 @@ from typing import TYPE_CHECKING, Any
 
 import eplb_rs
 import measuring
-import numpy as np
 import torch
-from eplb_rs.moe import ExpertMover, ExpertWeights, predicted_tokens, sum_replica_gradients
-from moe_case import (
-    FULL,
-    RANKS,
-    TINY,
-    Bench,
-    Case,
-    Experts,
-    Rank,
-    Sizes,
-    check,
-    drawn,
-    make_case,
-    ratio,
-    summary,
-    two_loads,
-)
+from eplb_rs.moe import ExpertMover, ExpertWeights, sum_replica_gradients
+from moe_case import FULL, RANKS, TINY, Bench, Rank, check, gpus, ratio, summary
 from moe_moves import between_part, moves_part
 
 if TYPE_CHECKING:
@@ -170,76 +155,6 @@ def profile_part(bench: Bench) -> dict[str, Any]:
     }
 
 
-def alone(rank: Rank, sizes: Sizes, rounds: int, *, fused: bool) -> dict[str, Any]:
-    """Each rank's share of the layer in turn on one GPU; copies in its memory stand for exchanges.
-
-    A rank's share has as many rows in each slot as it gets among two.
-    """
-    loads, chosen, _ = two_loads(sizes)
-    slots = sizes.experts // RANKS
-    in_order = np.tile(np.arange(sizes.experts), (len(loads), 1))
-    old = eplb_rs.Plan.from_phy2log(eplb_rs.Topology(1, RANKS, slots), in_order, loads)
-    new = eplb_rs.Planner(old.topology).plan(loads, previous=old)
-    spare = eplb_rs.Planner(eplb_rs.Topology(1, RANKS, slots + sizes.spare)).plan(loads)
-    fields = Experts(sizes, rank.device).fields
-    held = ExpertWeights(fields, num_layers=1, num_slots=slots + sizes.spare, device=rank.device)
-    for tensor in held[0].values():
-        tensor.normal_(0, tensor.shape[2] ** -0.5)
-    shares: dict[str, list[Case]] = {}
-    tokens: dict[str, list[int]] = {}
-    kinds = {"ideal": (0, old)}
-    for number, name in enumerate(chosen, 1):
-        kinds |= {
-            f"{name} before": (number, old),
-            f"{name} after": (number, new),
-            f"{name} spare": (number, spare),
-        }
-    for name, (layer, plan) in kinds.items():
-        choices = [drawn(loads[layer], sizes, r, rank.device) for r in range(RANKS)]
-        counts = np.stack(
-            [c.flatten().cpu().bincount(minlength=sizes.experts).numpy() for c in choices]
-        )
-        one = eplb_rs.Plan.from_phy2log(
-            plan.topology, plan.phy2log[layer : layer + 1], plan.expert_load[layer : layer + 1]
-        )
-        by_rank = predicted_tokens(one, counts[None])[0].reshape(RANKS, -1)
-        tokens[name] = by_rank.sum(axis=1).tolist()
-        shares[name] = [share_of(rank, sizes, held, rows, fused) for rows in by_rank]
-    times: dict[str, list[list[float]]] = {name: [[] for _ in range(RANKS)] for name in shares}
-    for number in range(rounds + 3):
-        for name, ranks in shares.items():
-            for each, case in enumerate(ranks):
-                took = rank.timed(case.step)
-                case.forget()
-                if number >= 3:
-                    times[name][each].append(took)
-    slower = {name: [max(pair) for pair in zip(*both, strict=True)] for name, both in times.items()}
-    return {
-        name: {
-            "rows": tokens[name],
-            "medians ms": [round(statistics.median(own), 3) for own in times[name]],
-            "slower rank": summary(slower[name]),
-            "step / ideal": ratio(slower[name], slower["ideal"]),
-        }
-        for name in times
-    }
-
-
-def share_of(rank: Rank, sizes: Sizes, held: ExpertWeights, rows: Any, fused: bool) -> Case:
-    """A layer of one rank whose slots get so many rows."""
-    number = len(rows)
-    plan = eplb_rs.Plan.from_phy2log(
-        eplb_rs.Topology(1, 1, number), np.arange(number)[None], np.ones((1, number))
-    )
-    ids = torch.from_numpy(np.repeat(np.arange(number), rows)).to(rank.device)
-    generator = torch.Generator(rank.device).manual_seed(0)
-    ids = ids[torch.randperm(len(ids), generator=generator, device=rank.device)]
-    ids = torch.nn.functional.pad(ids, (0, -len(ids) % sizes.top_k), value=-1)
-    chosen = ids.view(-1, sizes.top_k)
-    weights = {name: tensor[:number] for name, tensor in held[0].items()}
-    return make_case(weights, plan, chosen, sizes, rank, fused=fused)
-
-
 PARTS = {
     "layer": layer_part,
     "moves": moves_part,
@@ -252,16 +167,12 @@ PARTS = {
 def worker(args: argparse.Namespace) -> None:
     folder = Path(args.folder)
     sizes = TINY if args.tiny else FULL
-    rank = Rank(args.rank, 1 if args.alone else RANKS, folder)
-    bench = None if args.alone else Bench(rank, sizes, args.rounds, fused=args.fused)
+    rank = Rank(args.rank, RANKS, folder)
+    bench = Bench(rank, sizes, args.rounds, fused=False if args.plain else None)
     found: dict[str, Any] = {}
-    for name in ["alone"] if args.alone else args.parts:
+    for name in args.parts:
         begun = time.monotonic()
-        found[name] = (
-            alone(rank, sizes, args.rounds, fused=args.fused)
-            if bench is None
-            else PARTS[name](bench)
-        )
+        found[name] = PARTS[name](bench)
         print(f"{name}: {time.monotonic() - begun:.1f} s", flush=True)
         # What was found stands, should the next part fail.
         (folder / f"{args.rank}.json").write_text(json.dumps(found))
@@ -274,7 +185,7 @@ def launched(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--folder", folder, "--rounds", str(args.rounds)]
         command += ["--parts", *args.parts, *(["--tiny"] if args.tiny else [])]
-        command += [f"--{flag}" for flag in ("alone", "fused") if getattr(args, flag)]
+        command += ["--plain"] if args.plain else []
         ranks = [
             subprocess.Popen(
                 [*command, "--rank", str(rank)],
@@ -282,7 +193,7 @@ def launched(args: argparse.Namespace) -> dict[str, Any]:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for rank in range(1 if args.alone else RANKS)
+            for rank in range(RANKS)
         ]
         end = time.monotonic() + args.limit_s
         while any(rank.poll() is None for rank in ranks) and time.monotonic() < end:
@@ -298,15 +209,6 @@ def launched(args: argparse.Namespace) -> dict[str, Any]:
         return json.loads(file.read_text()) if file.exists() else {}
 
 
-def gpus() -> dict[str, Any]:
-    found: dict[str, Any] = {"torch": torch.__version__}
-    if torch.cuda.is_available():
-        found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        found["cuda"] = torch.version.cuda
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-    return found
-
-
 def main() -> None:
     parser = measuring.parser(__doc__ or "", "moe_layer.json")
     parser.add_argument("--rounds", type=int, default=20)
@@ -314,10 +216,7 @@ def main() -> None:
                         choices=[*PARTS])  # fmt: skip
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="for all parts together")
     parser.add_argument("--tiny", action="store_true", help="tiny experts, to try the program")
-    parser.add_argument("--fused", action="store_true", help="with the layer's triton kernels")
-    parser.add_argument(
-        "--alone", action="store_true", help="on one GPU: each rank's share in turn"
-    )
+    parser.add_argument("--plain", action="store_true", help="without the layer's triton kernels")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--folder")
     args = parser.parse_args()
@@ -325,10 +224,9 @@ def main() -> None:
         worker(args)
         return
     results = launched(args)
-    kind = {"gpus": gpus(), "fused": args.fused}
+    kind = {"gpus": gpus(), "kernels": "plain torch" if args.plain else "triton"}
     measuring.write(args.output, {**kind, "results": results}, args.commit)
-    parts = ["alone"] if args.alone else args.parts
-    if missing := [part for part in parts if part not in results]:
+    if missing := [part for part in args.parts if part not in results]:
         sys.exit(f"without {', '.join(missing)}, which failed")
 
 

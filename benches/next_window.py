@@ -223,7 +223,7 @@ def of_fixed() -> dict[str, Any]:
     for slots, ranks in SHAPES:
         planner = eplb_rs.Planner(topology(slots, ranks), policy="balanced", iterations=8000)
         start = time.process_time()
-        calibration = Outlook(shift=1.0, most_windows=16, copies=16, spread=0.15, flatness=0.2)
+        calibration = Outlook(shift_threshold=None, most_windows=16, copies=16, spread=0.3)
         plan = planner.plan_windows(even, split="shares", outlook=calibration)
         seconds = time.process_time() - start
         fitting = np.mean([balance(plan, load, "shares") for load in odd])

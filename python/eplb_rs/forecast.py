@@ -62,7 +62,8 @@ BACKTESTED = (
 """What ``backtest`` chooses from; of several that are equally good, the first."""
 
 SHIFT_THRESHOLD = 0.15
-"""By how much a window's distance must exceed the usual one for the domain to have shifted."""
+"""By how much a window's distance must exceed the usual one for the domain to have shifted: see
+:class:`Forecaster`."""
 
 _WINDOWS = {"average": 8, "exponential": 7, "trend": 4}
 """The estimators that look back on some number of windows, and on how many by default."""
@@ -87,10 +88,12 @@ class Forecaster:
         num_layers: L.
         num_experts: E.
         estimator: As the module lists them.
-        shift_threshold: When the domain has shifted. The distance of a window from the mean of
-            those since the last shift is their total variation (see :func:`total_variation`),
-            averaged over layers. If it exceeds the usual distance, the mean of all that were no
-            shift, by more than this, all windows before it are forgotten. ``None`` never forgets.
+        shift_threshold: When the domain has shifted, so that all windows before are forgotten.
+            The distance of a window from those since the last shift is their total variation (see
+            :func:`total_variation`), averaged over layers. How large it would be if each token
+            chose its expert by itself follows from their numbers; the usual one is the median
+            multiple of that in the last 8 windows, and once before. The domain has shifted where
+            the distance exceeds the usual one by more than this. ``None`` never forgets.
 
     Raises:
         InvalidInputError: ``not_integer``, ``not_positive`` or ``too_large`` for a size;
@@ -113,7 +116,7 @@ class Forecaster:
     ) -> None:
         name, windows = _parsed(estimator)
         self._shape = (as_count(num_layers, "num_layers"), as_count(num_experts, "num_experts"))
-        threshold = _as_threshold(shift_threshold)
+        threshold = as_shift_threshold(shift_threshold)
         self._core = _core.Forecaster(*self._shape, name, windows, threshold)
         self._estimator = f"{name}:{windows}" if windows else name
 
@@ -299,7 +302,8 @@ def _parsed(estimator: str) -> tuple[str, int]:
         ) from None
 
 
-def _as_threshold(threshold: float | None) -> float | None:
+def as_shift_threshold(threshold: float | None) -> float | None:
+    """The same as a float, if it is a number; the native module knows which are in range."""
     if threshold is None:
         return None
     try:

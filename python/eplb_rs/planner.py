@@ -209,8 +209,8 @@ class Planner:
             max_moves: With ``previous``, how many experts may arrive on a rank that did not hold
                 them, over all layers. What has to move because GPUs died or joined moves even
                 beyond this and the other limits. Without any limit, the plan is as even as one
-                made without ``previous``, to within 0.1 % of the largest rank loads, with as few
-                moves as were found for that.
+                made without ``previous``, to within about 0.1 % of the largest rank loads, with as
+                few moves as were found for that.
             move_cost: With ``previous``, what a move costs, in the unit of the load: moves are made
                 only where they lower the largest rank loads, summed over layers, by more than that
                 each.

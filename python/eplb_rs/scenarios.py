@@ -2,7 +2,7 @@
 
 >>> import numpy as np
 >>> from eplb_rs.scenarios import Outlook
->>> windows = np.array([[[9, 1, 0]], [[1, 2, 6]], [[0, 3, 6]]])  # the load shifted once
+>>> windows = np.array([[[90, 10, 0]], [[10, 20, 60]], [[0, 30, 60]]])  # the load shifted once
 >>> outlook = Outlook(copies=5)
 >>> outlook.since_shift(windows)
 1
@@ -23,6 +23,7 @@ import numpy.typing as npt
 from eplb_rs import _core
 from eplb_rs._inputs import as_array, as_count, as_load, as_number, is_tensor
 from eplb_rs.errors import InvalidInputError
+from eplb_rs.forecast import SHIFT_THRESHOLD, as_shift_threshold
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,21 +40,25 @@ class Outlook:
 
     The copies are drawn with fixed seeds: the same windows give the same scenarios, everywhere.
 
+    How far windows differ follows from how much they hold: a count of n tokens scatters by the root
+    of n if each token chooses by itself, and by some multiple of that, which several windows show,
+    as tokens come in texts and loads drift. So copies of windows of a thousand tokens differ much,
+    and those of millions hardly at all, unless they did before.
+
     Attributes:
-        shift: The load has shifted where its shares change by more than this from one window to
-            the next: half the sum of absolute differences, in the mean over layers; from 0 to 1.
+        shift_threshold: When the load has shifted: as for
+            :class:`~eplb_rs.forecast.Forecaster`, ``None`` for never.
         most_windows: The most windows that are taken, from the last back.
         copies: How many copies there are.
-        spread: How far copies scatter: the standard deviation of an expert of mean load, in units
-            of that load. The variance grows with the load.
-        flatness: How far what copies scatter about is drawn to an even load, 0 to 1.
+        spread: How many times as far copies scatter as windows have done; 0 to 100. What they
+            scatter about is drawn to an even load, by as much as an expert of mean load scatters,
+            as a part of its load. That part is at most .3: to plan for more gains nothing.
     """
 
-    shift: float = 0.25
+    shift_threshold: float | None = SHIFT_THRESHOLD
     most_windows: int = 8
     copies: int = 24
-    spread: float = 0.3
-    flatness: float = 0.3
+    spread: float = 3.0
 
     @classmethod
     def for_split(cls, split: str) -> Outlook:
@@ -61,9 +66,9 @@ class Outlook:
 
         Tokens that are split anew reach balance in all windows that have been: what helps is to
         plan for many that differ from these, the default. Even splits gain little by that: 16
-        copies, of less spread and not drawn to an even load.
+        copies, which scatter less.
         """
-        return cls() if split == "shares" else cls(copies=16, spread=0.1, flatness=0.0)
+        return cls() if split == "shares" else cls(copies=16, spread=0.6)
 
     def since_shift(self, windows: LoadLike) -> int:
         """The first window after the last shift; 0 if there was none.
@@ -76,7 +81,7 @@ class Outlook:
         """
         array = as_scenarios(windows, "windows")
         try:
-            return _core.windows_since_shift(array, as_number(self.shift, "shift"))
+            return _core.windows_since_shift(array, as_shift_threshold(self.shift_threshold))
         except InvalidInputError as error:
             raise _of_windows(error) from None
 
@@ -93,11 +98,10 @@ class Outlook:
         """
         array = as_scenarios(windows, "windows")
         settings = (
-            as_number(self.shift, "shift"),
+            as_shift_threshold(self.shift_threshold),
             as_count(self.most_windows, "most_windows"),
             as_count(self.copies, "copies", least=0),
             as_number(self.spread, "spread"),
-            as_number(self.flatness, "flatness"),
         )
         try:
             return _core.outlook_scenarios(array, *settings)

@@ -85,8 +85,9 @@ class Transfers:
         come = self.source != self.target
         arrived = np.full((self.num_layers, self.topology.num_slots), -1, dtype=np.int64)
         arrived[self.layer[come], self.slot[come]] = self.expert[come]
-        repeats: npt.NDArray[np.bool_] = arrived[self.layer, self.source_slot] == self.expert
-        return repeats & ~come
+        repeats: npt.NDArray[np.bool_] = ~come
+        repeats &= arrived[self.layer, self.source_slot] == self.expert
+        return repeats
 
     @cached_property
     def num_rounds(self) -> int:

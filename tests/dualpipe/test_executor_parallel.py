@@ -85,8 +85,33 @@ def fully_sharded(rank: int, size: int) -> float:
     return worst
 
 
-def test_fully_sharded_stages():
-    assert max(world.run(fully_sharded, 4)) < 1e-13
+def shared(rank: int, size: int) -> float:
+    """Pipelines that have some ranks in common, which have made more groups than others."""
+    del size
+    schedule = Schedule.generate("zb_h1", 3, MICRO_BATCHES)
+    x, y = batch(0)
+    parts = zip(x.chunk(MICRO_BATCHES), y.chunk(MICRO_BATCHES), strict=True)
+    rows = [((x,), (y,), {}) for x, y in parts]
+    expected = perceptrons(3)
+    losses, _ = sequential(expected, rows)
+    groups = [dist.new_group(ranks) for ranks in ([0, 1, 2], [1, 2, 3])]
+    parts = [
+        Part(group.rank(), perceptrons(3), schedule, group=group)
+        for group in groups
+        if group is not dist.GroupMember.NON_GROUP_MEMBER
+    ]
+    worst = max(part.check(part.step(rows), losses, expected) for part in parts)
+    for part in parts:
+        part.executor.close()
+    return worst
+
+
+def in_turn(rank: int, size: int) -> float:
+    return max(fully_sharded(rank, size), shared(rank, size))
+
+
+def test_fully_sharded_stages_and_shared_ranks():
+    assert max(world.run(in_turn, 4)) < 1e-13
 
 
 def replicated(rank: int, size: int) -> float:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import world
 from dualpipe import DualPipe, Schedule
 from pipelines import Part, perceptrons, sequential, squared
@@ -122,10 +126,26 @@ def lone_micro_batch(rank: int, size: int) -> float:
     return worst
 
 
+def forgotten(rank: int, size: int) -> float:
+    """A pipeline that nobody has closed does not keep its modules."""
+    del size
+    stages = perceptrons(2)
+    store = dist.distributed_c10d._get_default_store()
+    model = DualPipe(stages, store=store)
+    (x,), (y,), _ = rows(1)[0]
+    model.step(x, num_chunks=4, criterion=squared, labels=[y])
+    module = weakref.ref(stages[0])
+    del model, stages
+    end = time.monotonic() + 10
+    while module() is not None and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.05)
+    return float(module() is not None)
+
+
 def every(rank: int, size: int) -> dict[str, float]:
-    return {
-        part.__name__: part(rank, size) for part in (thawed, switched, default_device, lone_label)
-    }
+    parts = (thawed, switched, default_device, lone_label, lone_micro_batch, forgotten)
+    return {part.__name__: part(rank, size) for part in parts}
 
 
 def test_training_programs():

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 from eplb_rs import InvalidInputError, Plan, Planner, Topology
+from eplb_rs.forecast import Forecaster
 from eplb_rs.loads import read_loads
 from eplb_rs.scenarios import Outlook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from placements import arrivals, check
-from recordings import ESFT
+from recordings import DEEPSEEK_R1, ESFT
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +212,67 @@ def test_windows_before_a_shift_are_left_out(windows):
     assert (scenarios[0] == windows[11]).all()
     assert (scenarios == outlook.scenarios(windows[:12])).all()
     # A layer's copies do not depend on those before it.
-    alone = Outlook(copies=3, shift=1.0).scenarios(windows[8:12, 2:3])
+    alone = Outlook(copies=3, shift_threshold=None).scenarios(windows[8:12, 2:3])
     assert (alone == scenarios[:, 2:3]).all()
+
+
+@pytest.mark.parametrize("unit", [1, 1 / 1024])
+def test_the_forecaster_and_the_outlook_see_the_same_shifts(windows, unit):
+    forecaster = Forecaster(num_layers=5, num_experts=64, estimator="last")
+    for number, window in enumerate(windows):
+        forecaster.observe(window * unit)
+        since = Outlook().since_shift(windows[: number + 1] * unit)
+        assert number + 1 - since == forecaster.windows_since_shift
+    # Of shares, the first two windows do not tell how noisy they are; those after them do.
+    assert since == 24
+
+
+def scatter(windows, **settings_):
+    """How far copies of the last window are from it, as a part of it, on average."""
+    made = Outlook(copies=64, most_windows=1, **settings_).scenarios(windows)
+    return (made[1:] / made[0] - 1).std()
+
+
+def test_copies_scatter_as_counts_do():
+    for tokens in (400, 10**4, 10**6, 10**8):
+        window = np.full((1, 1, 64), tokens)
+        assert scatter(window, spread=1.0) == pytest.approx(tokens**-0.5, rel=0.05)
+        assert scatter(window, spread=0.0) == 0
+    # Of few tokens, not ever more.
+    assert scatter(np.full((1, 1, 64), 0.01)) == pytest.approx(0.3, rel=0.05)
+
+
+def test_copies_scatter_as_windows_have():
+    rng = np.random.default_rng(3)
+    windows = 10**6 * rng.lognormal(0, 0.05, (9, 1, 256))
+    made = Outlook(copies=64, spread=1.0).scenarios(windows)
+    parts = made[8:] / made[:8].repeat(8, axis=0).reshape(8, 8, 1, 256).swapaxes(0, 1).reshape(
+        64, 1, 256
+    )
+    assert parts.std() == pytest.approx(0.05, rel=0.1)
+
+
+def test_a_load_without_noise_is_planned_for_itself():
+    """Millions of tokens: plans for what has been are at least as good as the reference's."""
+    paths = (DEEPSEEK_R1, DEEPSEEK_R1.with_name("deepseek_r1_1k8k.json"))
+    before, after = (read_loads(path).total.astype(np.float32) for path in paths)
+    made = planner(288, 32)
+    reference = Planner(made.topology, policy="deepseek").plan(before)
+    for split, least in (("uniform", 0.990), ("shares", 0.9975)):
+        plan = made.plan_windows(before[None], split=split)
+        assert balance(plan, after, split) >= max(least, balance(reference, after, split))
+
+
+@pytest.mark.parametrize(("split", "least"), [("uniform", 0.7), ("shares", 0.8)])
+def test_a_few_steps_are_well_spent(windows, split, least):
+    plan, scores = None, []
+    for window in range(1, 32):
+        moves = None if plan is None else 24
+        plan = planner(96, 32, 5).plan_windows(
+            windows[:window], previous=plan, max_moves_per_layer=moves, split=split
+        )
+        scores.append(balance(plan, windows[window], split))
+    assert np.mean(scores) >= least
 
 
 @settings(max_examples=30, deadline=None)
@@ -266,8 +326,9 @@ def test_bad_input_is_refused(change, code, argument):
     ("settings_", "code"),
     [
         ({"spread": -1.0}, "out_of_range"),
-        ({"flatness": 2.0}, "out_of_range"),
-        ({"shift": float("nan")}, "out_of_range"),
+        ({"spread": 101}, "out_of_range"),
+        ({"shift_threshold": float("nan")}, "out_of_range"),
+        ({"shift_threshold": "x"}, "wrong_type"),
         ({"copies": -1}, "negative"),
         ({"most_windows": 0}, "not_positive"),
         ({"copies": 1000}, "too_large"),
@@ -306,6 +367,9 @@ def test_dead_ranks_and_bad_settings_are_refused():
     dead = Planner(planner(8, 4).topology.with_dead([0]), policy="balanced")
     with pytest.raises(InvalidInputError, match="topology"):
         dead.plan_scenarios(np.ones((1, 1, 4)))
+    alive = planner(8, 4)
+    with pytest.raises(InvalidInputError, match="`previous`"):
+        alive.plan_scenarios(np.ones((1, 1, 4)), previous=dead.plan(np.ones((1, 4))))
     with pytest.raises(InvalidInputError, match="slack"):
         planner(8, 4).plan_linked(np.ones((1, 4)), slack=2)
     with pytest.raises(InvalidInputError, match="spread"):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -37,7 +38,7 @@ def make_group(
         backend: By default the default group's.
     """
     limit = timedelta(seconds=limit_s)
-    with _place_of_its_own(ranks):
+    with _name_of_its_own(ranks):
         group = dist.new_group(
             list(ranks),
             timeout=max(limit, timedelta(seconds=SET_UP_S)),
@@ -50,24 +51,25 @@ def make_group(
 
 
 @contextmanager
-def _place_of_its_own(ranks: Sequence[int]) -> Iterator[None]:
-    """Lets a new group have a place in the store that no group had before.
+def _name_of_its_own(ranks: Sequence[int]) -> Iterator[None]:
+    """Lets a new group have a name, and so a place in the store, that no group had before.
 
-    PyTorch names a group after its ranks and the number of groups that there are, so a group that
-    follows one that was destroyed would meet the addresses of that one.
+    PyTorch names a group that its members make alone after their ranks and the number of groups
+    that each of them has made. Members of other groups have made other numbers, and would wait for
+    one another in different places; and a group that follows one that was destroyed would meet the
+    addresses of that one.
     """
-    groups = dist.distributed_c10d._world.pg_map
-    default = dist.group.WORLD
-    assert default is not None
-    backend, store = groups[default]
-    name = f"dualpipe/groups/{'_'.join(map(str, sorted(ranks)))}"
+    c10d: Any = dist.distributed_c10d
+    made = f"dualpipe/groups/{'_'.join(map(str, sorted(ranks)))}/made by {dist.get_rank()}"
     # Every member counts for itself: they make the groups of these ranks in the same order.
-    number = store.add(f"{name}/made by {dist.get_rank()}", 1)
-    groups[default] = backend, dist.distributed_c10d.PrefixStore(f"{name}/{number}", store)
+    number = c10d._get_default_store().add(made, 1)
+    name = hashlib.sha1(f"dualpipe {sorted(ranks)} {number}".encode(), usedforsecurity=False)
+    theirs = c10d._process_group_name
+    c10d._process_group_name = lambda *_, **__: name.hexdigest()
     try:
         yield
     finally:
-        groups[default] = backend, store
+        c10d._process_group_name = theirs
 
 
 def given_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:

@@ -8,8 +8,8 @@ A *product* is the node of a Linear layer (``mm`` or ``addmm``) whose weight it 
 or transposed. Everything else about the node is left to autograd.
 
 Cost: 25 us of the host's time for each weight in B; I and W together take .3 ms less than by autograd
-(28 weights). One H200, bf16, four layers of hidden size 4096: a step takes 5 % less with micro-batches
-of 2048 tokens, and a fifth less with 256; see docs/executor.md.
+(28 weights). Halves of one H200, bf16, eight layers of hidden size 4096: a DualPipe step takes 4 % less
+with micro-batches of 2048 tokens, and 15 % less with 256; see docs/executor.md.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import json
 import os
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch.distributed as dist
@@ -90,7 +91,8 @@ class Watch:
         rank: The pipeline rank.
         num_ranks: P.
         limit_s: How long a wait may last, for the text.
-        doing: What the rank is at just now; called from another thread.
+        doing: The executor's method that says what the rank is at just now, called from another
+            thread. It is held weakly: an executor that nobody uses any more is not kept by this.
 
     Cost: a look into the store every quarter of a second, from a thread of its own; nothing in
     the step.
@@ -109,7 +111,7 @@ class Watch:
         self._rank = rank
         self._num_ranks = num_ranks
         self._limit_s = limit_s
-        self._doing = doing
+        self._doing = weakref.WeakMethod(doing)
         self._noted = False
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -183,9 +185,13 @@ class Watch:
         assert self._store is not None
         with contextlib.suppress(RuntimeError):  # the store is gone: nobody will look here
             while not self._ended.wait(_LOOK_S):
-                if self._store.check(["any"]):
-                    self._leave(_Note(*self._doing(), "runs", ""), again=False)
+                found = self._store.check(["any"])
+                doing = self._doing()
+                if found and doing is not None:
+                    self._leave(_Note(*doing(), "runs", ""), again=False)
+                if found or doing is None:
                     return
+                del doing
 
     def _leave(self, note: _Note, *, again: bool) -> None:
         """Writes this rank's note; a second time only if ``again``."""

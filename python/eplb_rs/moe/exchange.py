@@ -47,10 +47,12 @@ class Exchange:
 
     Attributes:
         groups: Which of the N rows here belong to which slot.
+        got_S: `[S]` int64 on the device, how many rows each slot of this rank gets.
         sent_R: `[R]` int64 on the device, how many rows this rank has for each slot.
     """
 
     groups: Groups
+    got_S: Tensor
     sent_R: Tensor
     _sites: Sites
     _rows: RowFunctions
@@ -125,6 +127,14 @@ class UnevenExchange(Exchange):
         distributed.all_to_all_single(
             counts_DS, counts_R, [here] * ranks, list(sites.slots), group=sites.group
         )
+        # The rows of a source and slot arrive together; where they begin, and where they belong.
+        counts = counts_DS.view(ranks, here)
+        self.got_S = counts.sum(0)
+        padded_S = -(-self.got_S // multiple) * multiple
+        ends_S = padded_S.cumsum(0)
+        begin = ends_S - padded_S + counts.cumsum(0) - counts
+        arrives = counts_DS.cumsum(0) - counts_DS
+
         known: list[int] = torch.cat((counts_R, counts_DS)).tolist()  # the wait
         sent, got = known[:num_slots], known[num_slots:]
         self._to = _sums(sent, sites.slots)
@@ -132,19 +142,12 @@ class UnevenExchange(Exchange):
         num_sent, num_got = sum(self._to), sum(self._from)
         self._sent_M = order[:num_sent]
         self._place_TK = _inverse(self._sent_M, slot_M.numel(), missing=num_sent).view_as(slot_TK)
-
-        # The rows of a source and slot arrive together; where they begin, and where they belong.
-        counts = counts_DS.view(ranks, here)
-        padded_S = -(-counts.sum(0) // multiple) * multiple
-        ends_S = padded_S.cumsum(0)
-        begin = ends_S - padded_S + counts.cumsum(0) - counts
-        arrives = counts_DS.cumsum(0) - counts_DS
         shift = torch.repeat_interleave(begin.flatten() - arrives, counts_DS, output_size=num_got)
         self._back_A = torch.arange(num_got, device=device) + shift
         sizes = [-(-sum(got[slot::here]) // multiple) * multiple for slot in range(here)]
         self._arrived_N = _inverse(self._back_A, sum(sizes), missing=num_got)
         self._gaps = (False, num_sent < slot_M.numel(), num_got < sum(sizes))
-        self.groups = Groups(ends_S.int(), sizes)
+        self.groups = Groups(ends_S.int(), sizes, multiple)
 
     def _all_to_all(self, sent: Tensor, *, back: bool) -> Flight:
         to, here = (self._from, self._to) if back else (self._to, self._from)
@@ -166,8 +169,9 @@ class CapacityExchange(Exchange):
         rows: What gathers and adds.
         capacity: Rows from each rank to each other.
         overflow: One number on the device: gets the rows that did not fit, on any rank, added.
+        multiple: As for :class:`UnevenExchange`.
 
-    Memory: `D * capacity` rows at both ends, whatever is sent.
+    Memory: `D * capacity` rows at both ends, whatever is sent, and `S * (multiple - 1)` here.
     """
 
     def __init__(
@@ -177,6 +181,8 @@ class CapacityExchange(Exchange):
         rows: RowFunctions,
         capacity: int,
         overflow: Tensor,
+        *,
+        multiple: int = 1,
     ) -> None:
         self._sites, self._rows = sites, rows
         device = sites.device
@@ -210,11 +216,21 @@ class CapacityExchange(Exchange):
         overflow += heard[:, capacity].sum()
         arrived = heard[:, :capacity].flatten()
         arrived.clamp_(max=sites.num_slots)
-        in_order, self._arrived_N = torch.sort(arrived, stable=True)
-        self._back_A = _inverse(self._arrived_N, places, missing=places)
-        self._gaps = (True, True, False)
-        slots = torch.arange(sites.num_slots, device=device)
-        self.groups = Groups(torch.searchsorted(in_order, slots, right=True).int(), None)
+        # Grouped by slot, each group filled up; behind them what is no row.
+        in_order, by_slot = torch.sort(arrived, stable=True)
+        here = sites.num_slots
+        slots = torch.arange(here + 1, device=device)
+        begin_S1 = torch.searchsorted(in_order, slots)
+        self.got_S = begin_S1.diff()
+        padded_S = -(-self.got_S // multiple) * multiple
+        end_S = padded_S.cumsum(0)
+        shift_S1 = torch.cat((end_S - padded_S, end_S[-1:])) - begin_S1
+        place = torch.arange(places, device=device) + shift_S1[in_order]
+        room = places + here * (multiple - 1)
+        self._arrived_N = by_slot.new_full((room,), places).scatter_(0, place, by_slot)
+        self._back_A = torch.empty_like(place).scatter_(0, by_slot, place)
+        self._gaps = (True, True, multiple > 1)
+        self.groups = Groups(end_S.int(), None, multiple)
 
     def _all_to_all(self, sent: Tensor, *, back: bool) -> Flight:
         del back  # both ways are alike

@@ -8,15 +8,13 @@ Letters: N rows on this rank, S slots, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from torch import Tensor
 
     from eplb_rs.moe.rows import Activation, RowFunctions
 
@@ -30,10 +28,14 @@ class Groups:
     Attributes:
         end_S: `[S]` int32, on the device: where each slot's rows end.
         sizes: The same as sizes on the host; ``None`` where the host does not know.
+        multiple: Each slot's rows fill a multiple of this, with zeros.
+        kept: What kernels have worked out of it, for their next call.
     """
 
     end_S: Tensor
     sizes: Sequence[int] | None
+    multiple: int = 1
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
     def known(self) -> list[int]:
         """The sizes; waits for the device if the host does not know them."""
@@ -58,14 +60,15 @@ def experts_forward(
         gate_up: `[S, 2I, H]`, gate above up.
         down: `[S, H, I]`.
         groups: Which rows belong to which slot.
-        rows: What activates.
+        rows: What multiplies and activates.
         activation: Of the gate.
 
     Returns:
         `[N, H]`, and `[N, 2I]`, gate and up before the activation, for the backward.
     """
-    inner = _grouped(rows_NH, gate_up, groups)
-    return _grouped(rows.gated(inner, activation), down, groups), inner
+    inner = rows.product(rows_NH, gate_up, groups, transposed=True)
+    hidden = rows.gated(inner, activation)
+    return rows.product(hidden, down, groups, transposed=True), inner
 
 
 @dataclass(slots=True)
@@ -82,12 +85,13 @@ class ExpertsBackward:
     _grad_inner: Tensor
     _grad_out: Tensor
     _groups: Groups
+    _functions: RowFunctions
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """The gradients of `gate_up` and `down`, zeros for slots without rows."""
         return (
-            _grouped_outer(self._grad_inner, self._rows, self._groups),
-            _grouped_outer(self._grad_out, self._hidden, self._groups),
+            self._functions.outer(self._grad_inner, self._rows, self._groups),
+            self._functions.outer(self._grad_out, self._hidden, self._groups),
         )
 
 
@@ -102,45 +106,7 @@ def experts_backward(
     activation: Activation = "silu",
 ) -> ExpertsBackward:
     """The part of the backward that gives the rows' gradient; `weights()` of it is the rest."""
-    grad_hidden = _grouped(grad_NH, down.transpose(1, 2), groups)
+    grad_hidden = rows.product(grad_NH, down, groups, transposed=False)
     hidden, grad_inner = rows.gated_backward(grad_hidden, inner, activation)
-    grad_rows = _grouped(grad_inner, gate_up.transpose(1, 2), groups)
-    return ExpertsBackward(grad_rows, rows_NH, hidden, grad_inner, grad_NH, groups)
-
-
-def _in_one(rows: Tensor, *widths: int) -> bool:
-    """Whether one grouped product serves all slots: on GPUs, where widths are whole 16 bytes."""
-    on_device = rows.is_cuda and rows.dtype == torch.bfloat16
-    return on_device and all(width % 8 == 0 for width in widths)
-
-
-def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
-    product: Any = getattr(functional, "grouped_mm", None) or torch._grouped_mm  # before 2.10
-    result: Tensor = product(left, right, offs=ends)
-    return result
-
-
-def _grouped(rows: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """Each row times its slot's `[out, in]` matrix, transposed."""
-    if _in_one(rows, *weight.shape[1:]):
-        return _grouped_mm(rows, weight.transpose(1, 2), groups.end_S)
-    out = rows.new_empty(len(rows), weight.shape[1])
-    begin = 0
-    for matrix, size in zip(weight, groups.known(), strict=True):
-        if size:
-            torch.mm(rows[begin : begin + size], matrix.t(), out=out[begin : begin + size])
-        begin += size
-    return out
-
-
-def _grouped_outer(left: Tensor, right: Tensor, groups: Groups) -> Tensor:
-    """For each slot, the sum over its rows of left times right."""
-    if _in_one(left, left.shape[1], right.shape[1]):
-        return _grouped_mm(left.t(), right, groups.end_S)
-    out = left.new_zeros(len(groups.end_S), left.shape[1], right.shape[1])
-    begin = 0
-    for matrix, size in zip(out, groups.known(), strict=True):
-        if size:
-            torch.mm(left[begin : begin + size].t(), right[begin : begin + size], out=matrix)
-        begin += size
-    return out
+    grad_rows = rows.product(grad_inner, gate_up, groups, transposed=False)
+    return ExpertsBackward(grad_rows, rows_NH, hidden, grad_inner, grad_NH, groups, rows)

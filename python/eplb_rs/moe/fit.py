@@ -12,10 +12,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from eplb_rs._inputs import wrong_type
 from eplb_rs.errors import InvalidInputError
-from eplb_rs.plan import Plan
+from eplb_rs.plan import Plan, as_plan
 
-__all__ = ["check_fused", "check_plan", "check_routed", "check_weights"]
+__all__ = ["can_fuse", "check_fused", "check_plan", "check_routed", "check_weights"]
 
 _FIELDS = ("gate_up.weight", "down.weight")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -30,12 +31,11 @@ def check_weights(weights: Mapping[str, Tensor], num_slots: int) -> tuple[Tensor
             what does not fit together or the plan, ``inconsistent`` for tensors on two devices.
     """
     if not isinstance(weights, Mapping):
-        raise InvalidInputError(
-            code="wrong_type",
-            argument="weights",
-            got=type(weights).__name__,
-            expected="the tensors of one layer by name",
-            hint="`weights[layer]` of ExpertWeights",
+        raise wrong_type(
+            "weights",
+            weights,
+            "the tensors of one layer by name",
+            "`weights[layer]` of ExpertWeights",
         )
     if set(weights) != set(_FIELDS):
         raise InvalidInputError(
@@ -73,19 +73,27 @@ def check_weights(weights: Mapping[str, Tensor], num_slots: int) -> tuple[Tensor
     return gate_up, down
 
 
+def can_fuse(weight: Tensor) -> bool:
+    """Whether the layer's kernels are for such weights, and triton is there."""
+    return weight.is_cuda and weight.dtype in _DTYPES[1:] and _has_triton()
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def check_fused(weight: Tensor) -> None:
     """Refuses kernels for weights that they are not for.
 
     Raises:
         InvalidInputError: ``inconsistent``.
     """
-    there = importlib.util.find_spec("triton") is not None
-    if not (there and weight.is_cuda and weight.dtype in _DTYPES[1:]):
+    if not can_fuse(weight):
         raise InvalidInputError(
             code="inconsistent",
             argument="fused",
             got=f"True, with {weight.dtype} on {weight.device}"
-            + ("" if there else ", without triton"),
+            + ("" if _has_triton() else ", without triton"),
             expected="weights of at most 32 bits on a CUDA GPU, and triton",
             hint="False does the same in plain torch",
         )
@@ -98,14 +106,7 @@ def check_plan(plan: Plan, layer: int, *, like: tuple[int, tuple[int, ...]] | No
         InvalidInputError: ``wrong_type``, ``wrong_shape`` for other experts or slots,
             ``out_of_range`` for a layer that it has not.
     """
-    if not isinstance(plan, Plan):
-        raise InvalidInputError(
-            code="wrong_type",
-            argument="plan",
-            got=type(plan).__name__,
-            expected="an eplb_rs.Plan",
-            hint="`Plan.from_phy2log` makes one of an engine's map",
-        )
+    plan = as_plan(plan)
     if not 0 <= layer < plan.num_layers:
         raise InvalidInputError(
             code="out_of_range",

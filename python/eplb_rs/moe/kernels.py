@@ -15,10 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from eplb_rs.moe import products
+from eplb_rs.moe import rows as plain
+
 if TYPE_CHECKING:
+    from eplb_rs.moe.experts import Groups
     from eplb_rs.moe.rows import Activation
 
-__all__ = ["gated", "gated_backward", "gather", "spread", "weighted_sum"]
+__all__ = [
+    "gated",
+    "gated_backward",
+    "gather",
+    "outer",
+    "product",
+    "spread",
+    "step",
+    "weighted_sum",
+]
 
 _BLOCK = 1024
 """Columns that a program takes at a time: 16 bytes of bfloat16 for each of 128 threads."""
@@ -161,6 +174,26 @@ def _spread(
         product += grad.to(tl.float32) * part.to(tl.float32)
         tl.store(out + row * WIDTH + column, grad.to(tl.float32) * gate, mask=column < held)
     tl.store(gate_grads + choice, tl.sum(product))
+
+
+def step(weight_SOI: Tensor) -> int:
+    """As :func:`eplb_rs.moe.rows.step`."""
+    return products.STEP if products.fits(weight_SOI, weight_SOI) else 1
+
+
+def product(rows_N: Tensor, weight_SOI: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
+    """As :func:`eplb_rs.moe.rows.product`."""
+    if groups.multiple % products.STEP == 0 and products.fits(rows_N, weight_SOI):
+        return products.product(rows_N, weight_SOI, groups, transposed=transposed)
+    return plain.product(rows_N, weight_SOI, groups, transposed=transposed)
+
+
+def outer(left_NO: Tensor, right_NI: Tensor, groups: Groups) -> Tensor:
+    """As :func:`eplb_rs.moe.rows.outer`."""
+    result = left_NO.new_empty(0, left_NO.shape[1], right_NI.shape[1])
+    if groups.multiple % products.STEP == 0 and products.fits(left_NO, result):
+        return products.outer(left_NO, right_NI, groups)
+    return plain.outer(left_NO, right_NI, groups)
 
 
 def gated(inner: Tensor, activation: Activation) -> Tensor:

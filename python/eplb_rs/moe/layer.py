@@ -6,6 +6,7 @@ experts, S slots of this rank, H hidden size, I intermediate size.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -17,7 +18,7 @@ from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe import rows as plain
 from eplb_rs.moe.exchange import CapacityExchange, Exchange, Flight, UnevenExchange
 from eplb_rs.moe.experts import ExpertsBackward, experts_backward, experts_forward
-from eplb_rs.moe.fit import check_fused, check_plan, check_routed, check_weights
+from eplb_rs.moe.fit import can_fuse, check_fused, check_plan, check_routed, check_weights
 from eplb_rs.moe.routing import RoutingTable, routing_rows
 from eplb_rs.moe.rows import Activation
 from eplb_rs.moe.sites import Sites
@@ -118,9 +119,12 @@ class ExpertParallelMoE(nn.Module):
         capacity: ``None`` exchanges as many rows as there are, and waits for the device once, to
             learn how many. A number makes room for so many rows from each rank to each other and
             waits for nothing: for CUDA graphs.
-        fused: Gathers, adds and activates in one triton kernel each, on CUDA GPUs.
-        row_multiple: Fills each expert's rows up with zeros to a multiple of this: a product of
-            few rows may differ in its last bits from the same rows in a larger one.
+        fused: Gathers, activates and adds in one triton kernel each, on CUDA GPUs; on Hopper and
+            for widths that are multiples of 128, multiplies so too, with each expert's rows filled
+            up to a multiple of 64. ``None`` where that can be; ``False`` does the same in plain
+            torch.
+        row_multiple: Fills each expert's rows up with zeros to a multiple of this at least: a
+            product of few rows may differ in its last bits from the same rows in a larger one.
         max_replicas: The most replicas of an expert that later plans may have; by default as many
             as slots allow. 16 places of a routing row are kept at least.
 
@@ -128,9 +132,9 @@ class ExpertParallelMoE(nn.Module):
         InvalidInputError: ``wrong_type`` for what is no layer's weights or no plan;
             ``wrong_shape`` for weights or a group that do not fit the plan;
             ``unknown`` for further tensors, scales say, or an activation; ``wrong_dtype`` or
-            ``inconsistent`` for weights, or kernels that are not for them; ``out_of_range`` for a layer; ``not_positive`` or
-            ``not_integer`` for a count; as :func:`~eplb_rs.moe.routing.routing_rows` for the
-            routing.
+            ``inconsistent`` for weights, or kernels that are not for them; ``out_of_range`` for a
+            layer; ``not_positive`` or ``not_integer`` for a count; as
+            :func:`~eplb_rs.moe.routing.routing_rows` for the routing.
 
     Attributes:
         load_E: `[E]` int64 on the device, tokens that this rank has routed to each logical expert
@@ -154,7 +158,7 @@ class ExpertParallelMoE(nn.Module):
         activation: Activation = "silu",
         shared: nn.Module | None = None,
         capacity: int | None = None,
-        fused: bool = False,
+        fused: bool | None = None,
         row_multiple: int = 1,
         max_replicas: int | None = None,
     ) -> None:
@@ -175,7 +179,7 @@ class ExpertParallelMoE(nn.Module):
             capacity = as_count(capacity, "capacity")
         row_multiple = as_count(row_multiple, "row_multiple")
         self.rows: RowFunctions = plain
-        if fused:
+        if can_fuse(gate_up) if fused is None else fused:
             check_fused(gate_up)
             from eplb_rs.moe import kernels
 
@@ -186,7 +190,7 @@ class ExpertParallelMoE(nn.Module):
         self.layer = layer
         self.activation: Activation = activation
         self.capacity = capacity
-        self.row_multiple = row_multiple
+        self.row_multiple = math.lcm(row_multiple, self.rows.step(gate_up))
         num_slots = plan.topology.num_slots
         most = num_slots - plan.num_experts + 1 if max_replicas is None else max_replicas
         width = max(16, most, plan.log2phy.shape[2])
@@ -299,7 +303,12 @@ class ExpertParallelMoE(nn.Module):
             exchange = UnevenExchange(slot_TK, self.sites, self.rows, multiple=self.row_multiple)
         else:
             exchange = CapacityExchange(
-                slot_TK, self.sites, self.rows, self.capacity, self.overflow
+                slot_TK,
+                self.sites,
+                self.rows,
+                self.capacity,
+                self.overflow,
+                multiple=self.row_multiple,
             )
             if not (x_TH.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self.raise_on_overflow()
@@ -345,11 +354,9 @@ class Pass:
 
     @property
     def rows_by_slot(self) -> Tensor:
-        """`[S]` int32 on the device, how many rows each slot of this rank gets in this pass, with
-        those that fill it up to ``row_multiple``. Known once the layer's ``begin`` has returned;
-        waits for nothing."""
-        end_S = self._exchange.groups.end_S
-        return end_S.diff(prepend=end_S.new_zeros(1))
+        """`[S]` int64 on the device, how many rows each slot of this rank gets in this pass. Known
+        once the layer's ``begin`` has returned; waits for nothing."""
+        return self._exchange.got_S
 
     @torch.no_grad()
     def dispatch(self) -> None:

@@ -1,9 +1,10 @@
-"""What a layer does with rows between exchanges and products: gather, weigh, add, activate.
+"""What a layer does with rows between exchanges: gather, multiply, activate, weigh, add.
 
 Here in plain torch, to read and for every device. :mod:`eplb_rs.moe.kernels` has the same functions,
 each a single kernel for GPUs.
 
-Letters: T tokens, K experts of a token, N rows, H hidden size, I intermediate size.
+Letters: T tokens, K experts of a token, N rows, H hidden size, I intermediate size, S slots; O and I
+the height and width of a slot's matrix.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from eplb_rs.moe.experts import Groups
+
 __all__ = [
     "Activation",
     "RowFunctions",
     "gated",
     "gated_backward",
     "gather",
+    "outer",
+    "product",
     "spread",
+    "step",
     "weighted_sum",
 ]
 
@@ -42,6 +48,14 @@ class RowFunctions(Protocol):
     def spread(
         self, grad_TH: Tensor, gate_TK: Tensor, rows_NH: Tensor, place_TK: Tensor, *, gaps: bool
     ) -> tuple[Tensor, Tensor]: ...
+
+    def step(self, weight_SOI: Tensor) -> int: ...
+
+    def product(
+        self, rows: Tensor, weight_SOI: Tensor, groups: Groups, *, transposed: bool
+    ) -> Tensor: ...
+
+    def outer(self, left_NO: Tensor, right_NI: Tensor, groups: Groups) -> Tensor: ...
 
     def gated(self, inner: Tensor, activation: Activation) -> Tensor: ...
 
@@ -116,6 +130,63 @@ def spread(
     out = rows_NH.new_zeros(len(rows_NH) + 1, rows_NH.shape[1])
     out[place_TK.clamp(max=len(rows_NH))] = (grad_TH[:, None] * gate_TK[..., None]).to(out.dtype)
     return out[:-1], gate_grad
+
+
+def step(weight_SOI: Tensor) -> int:
+    """What each slot's rows should fill a multiple of, for :func:`product` and :func:`outer`."""
+    del weight_SOI
+    return 1
+
+
+def product(rows: Tensor, weight_SOI: Tensor, groups: Groups, *, transposed: bool) -> Tensor:
+    """Each row times its slot's matrix.
+
+    Args:
+        rows: `[N, I]` if transposed, else `[N, O]`, grouped by slot.
+        weight_SOI: `[S, O, I]`.
+        groups: Which rows belong to which slot.
+        transposed: Whether rows are multiplied by the transposed matrices.
+
+    Returns:
+        `[N, O]` or `[N, I]`; undefined behind the last slot's rows.
+    """
+    right = weight_SOI.transpose(1, 2) if transposed else weight_SOI
+    if _in_one(rows, *weight_SOI.shape[1:]):
+        return _grouped_mm(rows, right, groups.end_S)
+    out = rows.new_empty(len(rows), right.shape[2])
+    begin = 0
+    for matrix, size in zip(right, groups.known(), strict=True):
+        if size:
+            torch.mm(rows[begin : begin + size], matrix, out=out[begin : begin + size])
+        begin += size
+    return out
+
+
+def outer(left_NO: Tensor, right_NI: Tensor, groups: Groups) -> Tensor:
+    """For each slot, the sum over its rows of left times right: `[S, O, I]`, zeros for slots
+    without rows."""
+    if _in_one(left_NO, left_NO.shape[1], right_NI.shape[1]):
+        return _grouped_mm(left_NO.t(), right_NI, groups.end_S)
+    out = left_NO.new_zeros(len(groups.end_S), left_NO.shape[1], right_NI.shape[1])
+    begin = 0
+    for matrix, size in zip(out, groups.known(), strict=True):
+        if size:
+            end = begin + size
+            torch.mm(left_NO[begin:end].t(), right_NI[begin:end], out=matrix)
+        begin += size
+    return out
+
+
+def _in_one(rows: Tensor, *widths: int) -> bool:
+    """Whether one grouped product serves all slots: on GPUs, where widths are whole 16 bytes."""
+    on_device = rows.is_cuda and rows.dtype == torch.bfloat16
+    return on_device and all(width % 8 == 0 for width in widths)
+
+
+def _grouped_mm(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
+    grouped: Any = getattr(functional, "grouped_mm", None) or torch._grouped_mm  # before 2.10
+    result: Tensor = grouped(left, right, offs=ends)
+    return result
 
 
 def gated(inner: Tensor, activation: Activation) -> Tensor:

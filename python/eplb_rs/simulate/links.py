@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from eplb_rs._inputs import wrong_type
 from eplb_rs.errors import InvalidInputError
 
 __all__ = ["Links", "check_links"]
@@ -26,10 +27,13 @@ def check_links(links: Links | None) -> None:
     """Refuses what cannot be.
 
     Raises:
-        InvalidInputError: ``out_of_range``; ``inconsistent`` for one speed without the other.
+        InvalidInputError: ``wrong_type``, ``out_of_range``; ``inconsistent`` for one speed without
+            the other.
     """
     if links is None:
         return
+    if not isinstance(links, Links):
+        raise wrong_type("links", links, "an eplb_rs.simulate.Links or None")
     # The speed between nodes first: it may stand for both.
     for name in ("expert_bytes", "inter_node_gb_s", "intra_node_gb_s"):
         value = getattr(links, name)

@@ -88,8 +88,8 @@ def simulate(
 
     Raises:
         InvalidInputError: ``too_small`` for a trace of fewer than two windows; ``unknown`` or
-            ``empty`` for policies and shares; ``out_of_range`` or ``inconsistent`` for the links;
-            ``wrong_type``, ``wrong_shape`` and what
+            ``empty`` for policies and shares; ``wrong_type``, ``out_of_range`` or
+            ``inconsistent`` for the links; ``wrong_type``, ``wrong_shape``, ``empty`` and what
             :meth:`eplb_rs.Planner.plan` says of a load, for the trace; for the others as
             :class:`eplb_rs.Planner` and :class:`eplb_rs.forecast.Forecaster`.
 

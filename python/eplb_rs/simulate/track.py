@@ -6,6 +6,7 @@ Letters: L layers.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,14 +21,11 @@ if TYPE_CHECKING:
 
     from eplb_rs._inputs import Load
     from eplb_rs.plan import Plan
-    from eplb_rs.planner import Planner
+    from eplb_rs.planner import Planner, Split
     from eplb_rs.simulate.links import Links
     from eplb_rs.simulate.outcome import Floats
 
 __all__ = ["Track"]
-
-_SINCE_SHIFT = Outlook(shift=1.0)
-"""Scenarios of all windows given: they are those since the last shift already."""
 
 
 class Track:
@@ -105,12 +103,15 @@ class Track:
         self._steps.append((window, moves, plan_us, seconds))
 
     def _for_scenarios(self, windows: npt.NDArray[np.float32], before: Plan | None) -> Plan:
+        split: Split = "shares" if "arriving" in self._scores else "uniform"
+        # The windows given are those since the last shift already.
+        outlook = replace(Outlook.for_split(split), shift_threshold=None)
         return self.planner.plan_windows(
             windows,
             previous=before,
             max_moves=None if before is None else self._max_moves,
-            split="shares" if "arriving" in self._scores else "uniform",
-            outlook=_SINCE_SHIFT,
+            split=split,
+            outlook=outlook,
         )
 
     def outcomes(self) -> Iterator[Outcome]:

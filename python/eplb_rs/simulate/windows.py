@@ -33,6 +33,13 @@ class Windows:
                 got=f"{loads.ndim} dimensions, shape {loads.shape}",
                 expected="of 3 dimensions, [windows, layers, experts]",
             )
+        if 0 in loads.shape[1:]:
+            raise InvalidInputError(
+                code="empty",
+                argument="trace",
+                got=f"shape {loads.shape}",
+                expected="windows of at least one layer of one expert",
+            )
         if len(loads) // merge < 2:
             merged = f", of which {merge} make one" if merge > 1 else ""
             raise InvalidInputError(

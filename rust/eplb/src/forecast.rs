@@ -12,19 +12,16 @@ use crate::error::{Code, Error, Result, require_positive};
 use crate::load::Load;
 use memory::{Memory, Predictor};
 use record::Record;
-use shift::ShiftDetector;
 
-pub use shift::total_variation;
+pub(crate) use memory::total;
+pub(crate) use shift::ShiftDetector;
+pub use shift::{SHIFT_THRESHOLD, total_variation};
 
 /// The most windows that an estimator looks back on.
 pub const MAX_WINDOWS: usize = 1024;
 
 /// The most values of four bytes that a forecaster keeps.
 const MAX_VALUES: usize = 1 << 31;
-
-/// By how much a window must be farther from the mean of those before it than is usual, for the
-/// domain to have shifted; see [`Forecaster::new`].
-pub const SHIFT_THRESHOLD: f64 = 0.15;
 
 /// How the load of the next window is estimated.
 ///
@@ -158,10 +155,8 @@ impl Forecaster {
     /// A forecaster that has seen nothing yet.
     ///
     /// # Arguments
-    /// * `shift_threshold`: When the domain has shifted. The distance of a window from the mean of
-    ///   those since the last shift is the total variation of their layers, on average. If it
-    ///   exceeds the usual distance, the mean of all that were no shift, by more than this, all
-    ///   windows before it are forgotten. `None` never forgets. See [`SHIFT_THRESHOLD`].
+    /// * `shift_threshold`: When the domain has shifted, so that all windows before are forgotten;
+    ///   see [`SHIFT_THRESHOLD`]. `None` never forgets.
     ///
     /// # Errors
     /// [`Code::NotPositive`] or [`Code::TooLarge`] for the sizes, [`Code::OutOfRange`] for the

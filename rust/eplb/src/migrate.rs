@@ -76,6 +76,8 @@ pub struct Milestone {
 pub struct Reach {
     /// The most moves, over all layers.
     pub max_moves: Option<usize>,
+    /// The most moves of each layer.
+    pub max_moves_per_layer: Option<usize>,
     /// What a move costs, in load: moves are made where they lower the largest rank loads, summed
     /// over layers, by more than that each.
     pub move_cost: f64,
@@ -154,7 +156,10 @@ impl Meter {
 impl Reach {
     /// Whether nothing limits the moves.
     fn is_unlimited(&self) -> bool {
-        self.max_moves.is_none() && self.min_balance.is_none() && self.move_cost == 0.0
+        self.max_moves.is_none()
+            && self.max_moves_per_layer.is_none()
+            && self.min_balance.is_none()
+            && self.move_cost == 0.0
     }
 }
 
@@ -234,7 +239,7 @@ impl Scratch {
             (None, None) if whole => self.walk_to(&LEVELS, true, budget),
             (None, None) => self.walk_to(&LAST_LEVELS, true, budget),
         }
-        self.list_pieces();
+        self.list_pieces(reach);
     }
 
     /// The layers for which a plan from scratch may be worth having: if moves are left when all walks
@@ -260,7 +265,7 @@ impl Scratch {
     }
 
     /// Takes in plans made from scratch for the layers that fell short, `[short, num_slots]`.
-    pub(crate) fn add_plans(&mut self, topology: &Topology, plans: &[Replica]) {
+    pub(crate) fn add_plans(&mut self, reach: &Reach, topology: &Topology, plans: &[Replica]) {
         let rows = plans.chunks_exact(topology.num_slots());
         for (&layer, row) in self.short.iter().zip(rows) {
             // What crosses is as planned only if the ranks of a node stay together.
@@ -270,7 +275,7 @@ impl Scratch {
             };
             self.layers[layer].add_plan(ranks, topology, row, &mut self.layer);
         }
-        self.list_pieces();
+        self.list_pieces(reach);
     }
 
     /// Walks to levels, given as fractions above the floor of each layer, and first of all as far as
@@ -359,10 +364,11 @@ impl Scratch {
     }
 
     /// Lists the pieces of all layers' frontiers.
-    fn list_pieces(&mut self) {
+    fn list_pieces(&mut self, reach: &Reach) {
+        let most = reach.max_moves_per_layer.unwrap_or(usize::MAX);
         self.pieces.clear();
         for (index, layer) in self.layers.iter_mut().enumerate() {
-            layer.keep_hull();
+            layer.keep_hull(most);
             for (point, pair) in layer.points().windows(2).enumerate() {
                 let moves = (pair[1].moves - pair[0].moves) as usize;
                 let gain = f64::from(pair[0].value() - pair[1].value()) * layer.unit;

@@ -232,6 +232,11 @@ impl Planner {
     /// [`Code::TooSmall`] if there are fewer slots than experts, [`Code::NotDivisor`] if experts
     /// do not divide into groups, [`Code::TooLarge`] if the scratch does not fit in memory.
     pub fn draft(&self, load: &Load<'_>) -> Result<Draft<'_>> {
+        self.draft_at(self.budget, load)
+    }
+
+    /// The same with another budget.
+    pub(crate) fn draft_at(&self, budget: Budget, load: &Load<'_>) -> Result<Draft<'_>> {
         let scratch = self.take_scratch();
         let mut draft = Draft {
             planner: self,
@@ -239,7 +244,7 @@ impl Planner {
             num_experts: load.num_experts(),
             scratch,
         };
-        self.compute(load, &mut draft.scratch)?;
+        self.compute(budget, load, &mut draft.scratch)?;
         Ok(draft)
     }
 
@@ -251,11 +256,11 @@ impl Planner {
         self.idle_scratch().pop().unwrap_or_default()
     }
 
-    fn compute(&self, load: &Load<'_>, scratch: &mut Scratch) -> Result<()> {
+    fn compute(&self, budget: Budget, load: &Load<'_>, scratch: &mut Scratch) -> Result<()> {
         match self.policy {
             Policy::Balanced => {
                 let shape = self.fresh_shape(load.num_experts())?;
-                self.compute_balanced(&shape, self.budget, load, scratch)
+                self.compute_balanced(&shape, budget, load, scratch)
             }
             Policy::DeepSeek => {
                 let shape = self.reference_shape(load.num_experts())?;

@@ -11,13 +11,13 @@
 mod account;
 mod best;
 mod climb;
-mod even;
 mod layer;
 mod link;
 mod outlook;
 mod paths;
 mod relief;
 mod rows;
+mod scenarios;
 mod search;
 mod sets;
 mod worth;
@@ -27,11 +27,12 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 pub use outlook::Outlook;
+pub use scenarios::{MAX_SCENARIOS, Scenarios};
 
 use crate::balance::{Budget, Fuel};
-use crate::error::{Code, Error, Result, require_positive};
+use crate::error::{Code, Error, Result};
 use crate::load::Load;
-use crate::migrate::check_previous;
+use crate::migrate::{Reach, check_previous};
 use crate::placement::{Placement, Replica};
 use crate::planner::Planner;
 use crate::topology::Topology;
@@ -39,10 +40,7 @@ use layer::Layer;
 use paths::Path;
 use relief::FewMoves;
 use rows::Futures;
-use search::Limits;
-
-/// The most scenarios of a plan: more would tell little and cost much.
-pub const MAX_SCENARIOS: usize = 256;
+use scenarios::check_count;
 
 /// How each expert's tokens will be split over its replicas when the load has come.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
@@ -75,96 +73,6 @@ impl Split {
     }
 }
 
-/// Loads of the same experts at several times, or as they may be: `[K, L, E]`, checked.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Scenarios<'a> {
-    values: &'a [f32],
-    num_scenarios: usize,
-    num_layers: usize,
-    num_experts: usize,
-}
-
-impl<'a> Scenarios<'a> {
-    /// Checks a row-major `[num_scenarios, num_layers, num_experts]` buffer.
-    ///
-    /// # Errors
-    /// As [`Load::new`], for `scenarios`.
-    pub fn new(
-        values: &'a [f32],
-        num_scenarios: usize,
-        num_layers: usize,
-        num_experts: usize,
-    ) -> Result<Self> {
-        require_positive("num_scenarios", num_scenarios)?;
-        let each = num_layers.saturating_mul(num_experts);
-        if num_scenarios.checked_mul(each) != Some(values.len()) {
-            return Err(Error::invalid(
-                Code::WrongShape,
-                "scenarios",
-                format!("{} values", values.len()),
-                format!("{num_scenarios} x {num_layers} x {num_experts} values"),
-                "",
-            ));
-        }
-        for scenario in 0..num_scenarios {
-            let load = &values[scenario * each..][..each];
-            if let Err(error) = Load::new(load, num_layers, num_experts) {
-                let refusal = error.refusal();
-                return Err(Error::invalid(
-                    refusal.code,
-                    "scenarios",
-                    format!("{}, scenario {scenario}", refusal.got),
-                    refusal.expected.clone(),
-                    refusal.hint.clone(),
-                ));
-            }
-        }
-        Ok(Self {
-            values,
-            num_scenarios,
-            num_layers,
-            num_experts,
-        })
-    }
-
-    /// How many there are (K).
-    #[must_use]
-    pub fn num_scenarios(&self) -> usize {
-        self.num_scenarios
-    }
-
-    /// How many layers each has (L).
-    #[must_use]
-    pub fn num_layers(&self) -> usize {
-        self.num_layers
-    }
-
-    /// How many experts each layer has (E).
-    #[must_use]
-    pub fn num_experts(&self) -> usize {
-        self.num_experts
-    }
-
-    /// The load of one layer in one scenario, `[E]`.
-    fn layer(&self, scenario: usize, layer: usize) -> &'a [f32] {
-        let begin = (scenario * self.num_layers + layer) * self.num_experts;
-        &self.values[begin..begin + self.num_experts]
-    }
-
-    /// The mean load over scenarios, `[L, E]`.
-    fn mean(&self, weights: &[f64]) -> Vec<f32> {
-        let each = self.num_layers * self.num_experts;
-        let all: f64 = weights.iter().sum();
-        let mut mean = vec![0.0f64; each];
-        for (load, weight) in self.values.chunks_exact(each).zip(weights) {
-            for (mean, &load) in mean.iter_mut().zip(load) {
-                *mean += f64::from(load) * (weight / all);
-            }
-        }
-        mean.into_iter().map(|load| load as f32).collect()
-    }
-}
-
 /// What a plan for several scenarios is to be.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Aim<'a> {
@@ -187,9 +95,10 @@ impl Planner {
     /// Plans a placement that is good in several scenarios at once: in the weighted mean over
     /// them, the largest rank load as a part of the mean one is as small as exchanges make it.
     ///
-    /// It starts from the placement in force; without one, from what this planner plans for the
-    /// mean load. The [budget](Planner::with_budget) limits how many exchanges are tried for each
-    /// layer, or how long. The answer is the same on any number of threads.
+    /// It starts from the placement in force or, in layers where that is better, from the best for the
+    /// mean load within the same moves; without a placement in force, from what this planner plans
+    /// for the mean load. The [budget](Planner::with_budget) limits how many exchanges are tried for
+    /// each layer, or how long all takes. The answer is the same on any number of threads.
     ///
     /// # Cost
     /// An exchange takes about 0.15 us for 16 scenarios where replicas share evenly, and 0.2 to 0.5
@@ -205,20 +114,24 @@ impl Planner {
     pub fn plan_scenarios(&self, scenarios: &Scenarios<'_>, aim: &Aim<'_>) -> Result<Placement> {
         let topology = self.topology();
         check_even(topology)?;
-        check_windows(scenarios.num_scenarios)?;
+        check_count(scenarios.num_scenarios)?;
         let even = vec![1.0; scenarios.num_scenarios];
         let weights = aim.weights.unwrap_or(&even);
         check_weights(weights, scenarios.num_scenarios)?;
         let mean = scenarios.mean(weights);
         let mean = Load::new(&mean, scenarios.num_layers, scenarios.num_experts)?;
+        let began = Instant::now();
         let planned;
         let start = match aim.previous {
             Some(previous) => {
                 check_previous(topology, &mean, previous)?;
+                check_full(previous)?;
                 previous
             }
             None => {
-                planned = self.plan(&mean)?;
+                planned = self
+                    .draft_at(self.budget().quartered(), &mean)?
+                    .to_placement()?;
                 &planned
             }
         };
@@ -226,9 +139,7 @@ impl Planner {
         let max_moves = aim.max_moves.filter(|_| moved);
         let per_layer = aim.max_moves_per_layer.filter(|_| moved);
         let most = max_moves.unwrap_or(usize::MAX).min(topology.num_slots());
-        let limits = Limits {
-            max_moves: per_layer.unwrap_or(usize::MAX).min(most),
-        };
+        let most = per_layer.unwrap_or(usize::MAX).min(most);
         let num_slots = topology.num_slots();
         let layer_sums = mean
             .layers()
@@ -242,18 +153,24 @@ impl Planner {
                 start,
                 layer_sums: &layer_sums,
                 max_moves,
-                max_moves_per_layer: limits.max_moves,
+                max_moves_per_layer: most,
             };
             return self.follow(start, &few.paths(), &layer_sums, max_moves);
         }
+        let other = match aim.previous {
+            Some(previous) if max_moves.is_none() => self.plan_within_each(&mean, previous, most),
+            _ => None,
+        };
         let work = Work {
             planner: self,
+            budget: self.budget().since(began),
             scenarios,
             weights,
             split: aim.split,
-            limits,
+            max_moves: most,
             over_layers: max_moves.is_some(),
             start,
+            other: other.as_ref(),
         };
         let mut slots = vec![0; scenarios.num_layers * num_slots];
         let mut paths = vec![Path::default(); scenarios.num_layers];
@@ -277,6 +194,23 @@ impl Planner {
             Some(max_moves) => self.follow(start, &paths, &layer_sums, max_moves),
             None => placed(topology, scenarios.num_experts, &slots),
         }
+    }
+
+    /// From a placement to what is best for one load within so many moves of each layer; none where
+    /// nothing is.
+    fn plan_within_each(
+        &self,
+        load: &Load<'_>,
+        previous: &Placement,
+        most: usize,
+    ) -> Option<Placement> {
+        let reach = Reach {
+            max_moves: Some(most.saturating_mul(load.num_layers())),
+            max_moves_per_layer: Some(most),
+            ..Reach::default()
+        };
+        let budget = self.budget().quartered();
+        self.plan_from_at(budget, load, previous, &reach).ok()
     }
 
     /// Hands moves out over the layers of a placement, each of which has a path to follow.
@@ -326,16 +260,38 @@ fn check_even(topology: &Topology) -> Result<()> {
     ))
 }
 
+/// Refuses a placement whose slots are not all in use.
+fn check_full(previous: &Placement) -> Result<()> {
+    let machines = previous.topology();
+    let dead: Vec<usize> = (0..machines.num_gpus())
+        .filter(|&gpu| machines.is_dead(gpu))
+        .collect();
+    if dead.is_empty() {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        Code::Inconsistent,
+        "previous",
+        format!("a plan in which GPUs {dead:?} are dead"),
+        "a plan in which all GPUs hold experts",
+        "plan for the mean load first, which fills them",
+    ))
+}
+
 /// What all layers of a plan share.
 struct Work<'a> {
     planner: &'a Planner,
     scenarios: &'a Scenarios<'a>,
     weights: &'a [f64],
     split: Split,
-    limits: Limits,
+    /// Of each layer.
+    max_moves: usize,
     /// Whether moves are handed out over all layers.
     over_layers: bool,
     start: &'a Placement,
+    /// Where layers start from that are worth less there.
+    other: Option<&'a Placement>,
+    budget: Budget,
 }
 
 impl Work<'_> {
@@ -344,7 +300,6 @@ impl Work<'_> {
         let num_slots = self.planner.topology().num_slots();
         let num_layers = paths.len();
         let mut futures = Futures::default();
-        let mut scratch = search::Scratch::default();
         let began = Instant::now();
         let layers = slots.chunks_exact_mut(num_slots).zip(paths).enumerate();
         for (index, (slots, path)) in layers {
@@ -355,7 +310,7 @@ impl Work<'_> {
             let num_ranks = self.planner.topology().num_gpus();
             futures.take(rows, self.scenarios.num_experts, num_ranks);
             let mut layer = layer_of(self.planner, self.start, number);
-            let mut fuel = match self.planner.budget() {
+            let mut fuel = match self.budget {
                 Budget::Iterations(steps) => Fuel::steps(steps),
                 // What earlier layers left over is shared by those that follow.
                 Budget::Time(time) => {
@@ -364,20 +319,15 @@ impl Work<'_> {
                     Fuel::until(now + left / (num_layers - index) as u32)
                 }
             };
-            let most = self.limits.max_moves;
-            match self.split {
-                Split::Uniform if self.over_layers => {
-                    search::improve_even(
-                        &mut layer,
-                        &futures,
-                        self.limits,
-                        &mut fuel,
-                        &mut scratch,
-                    );
-                    path.take(scratch.first, &scratch.path);
-                }
-                Split::Uniform => climb::climb_even(&mut layer, &futures, most, &mut fuel),
-                Split::Shares => climb::climb_shared(&mut layer, &futures, most, &mut fuel),
+            let most = self.max_moves;
+            if self.over_layers {
+                search::descend(&mut layer, &futures, most, &mut fuel, path);
+            } else {
+                let mut rows = self
+                    .other
+                    .map(|other| other.phy2log().chunks_exact(num_slots));
+                let other = rows.as_mut().and_then(|rows| rows.nth(number));
+                climb::climb(&mut layer, &futures, self.split, most, other, &mut fuel);
             }
             layer.write(slots);
         }
@@ -400,19 +350,6 @@ fn placed(topology: &Topology, num_experts: usize, slots: &[u32]) -> Result<Plac
         }
     }
     Placement::from_replicas(topology.clone(), num_experts, &replicas)
-}
-
-fn check_windows(num_scenarios: usize) -> Result<()> {
-    if num_scenarios <= MAX_SCENARIOS {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        Code::TooLarge,
-        "scenarios",
-        num_scenarios,
-        format!("at most {MAX_SCENARIOS}"),
-        "16 to 32 tell most of what there is to tell",
-    ))
 }
 
 fn check_weights(weights: &[f64], num_scenarios: usize) -> Result<()> {

@@ -33,6 +33,7 @@ type LimitsTuple = (Vec<f64>, Option<f64>, Option<f64>, (f64, f64, f64), bool);
 fn reach_of((max_moves, move_cost, min_balance, repeats): ReachTuple) -> Reach {
     Reach {
         max_moves,
+        max_moves_per_layer: None,
         move_cost,
         min_balance,
         repeats,

@@ -90,19 +90,17 @@ pub(crate) fn plan_scenarios(
 pub(crate) fn outlook_scenarios<'py>(
     py: Python<'py>,
     windows: &Bound<'py, PyArray3<f32>>,
-    shift: f64,
+    shift_threshold: Option<f64>,
     most_windows: usize,
     copies: usize,
     spread: f64,
-    flatness: f64,
 ) -> PyResult<Bound<'py, PyArray3<f32>>> {
     let loads = Loads::new(windows, "windows")?;
     let outlook = Outlook {
-        shift,
+        shift_threshold,
         most_windows,
         copies,
         spread,
-        flatness,
     };
     let [_, layers, experts] = loads.shape;
     let scenarios = py
@@ -117,13 +115,15 @@ pub(crate) fn outlook_scenarios<'py>(
 pub(crate) fn windows_since_shift(
     py: Python<'_>,
     windows: &Bound<'_, PyArray3<f32>>,
-    shift: f64,
+    shift_threshold: Option<f64>,
 ) -> PyResult<usize> {
     let loads = Loads::new(windows, "windows")?;
     let outlook = Outlook {
-        shift,
+        shift_threshold,
         ..Outlook::default()
     };
-    let since = loads.checked().map(|windows| outlook.since_shift(&windows));
+    let since = loads
+        .checked()
+        .and_then(|windows| outlook.since_shift(&windows));
     since.map_err(|error| plan_error(py, &error))
 }

@@ -17,12 +17,29 @@ torch = pytest.importorskip("torch")
 HIDDEN, INTER, TOKENS, TOP_K, EXPERTS, SLOTS = 256, 128, 64, 4, 16, 9
 
 
-def compile_kernels():
-    """Each kernel for compute capability 9.0, as DeepSeek-V3's sizes ask for."""
+def compiled(kernel, types, constants, **options):
+    """For compute capability 9.0, with addresses and counts that are multiples of 16."""
     import triton
-    from eplb_rs.moe import kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    assert set(names) == types.keys() | constants.keys(), kernel
+    aligned = {
+        (names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"
+    }
+    source = ASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs=aligned,
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def compile_kernels():
+    """Each kernel as DeepSeek-V3's sizes ask for."""
+    from eplb_rs.moe import kernels
 
     rows, number = "*bf16", "i32"
     wide = {"WIDTH": 7168, "BLOCK": 1024}
@@ -41,21 +58,48 @@ def compile_kernels():
         both = dict.fromkeys(("grads", "inner", "hidden", "grad_inner"), rows)
         wanted.append((kernels._gated_backward, both, constants))
     for kernel, types, constants in wanted:
-        names = kernel.arg_names
-        assert set(names) == types.keys() | constants.keys(), kernel
-        aligned = {
-            (names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*"
-        }
-        source = ASTSource(
-            fn=kernel,
-            signature={name: types.get(name, "constexpr") for name in names},
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs=aligned,
-        )
-        options = {"num_warps": 4, **kernels._ROUNDED}
-        made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        code = made.asm["ptx"]
+        code = compiled(kernel, types, constants, num_warps=4, **kernels._ROUNDED).asm["ptx"]
         assert "v4.b32" in code, f"{kernel}: 16 bytes at a time"
+        assert ".local" not in code, f"{kernel}: registers spill"
+
+
+def compile_products():
+    """Products keep tensor cores busy, through their own copies of tiles, without spilling."""
+    from eplb_rs.moe import products
+
+    def described(*block):
+        return f"tensordesc<bf16[{', '.join(map(str, block))}]>"
+
+    rows, columns, depth = products._ROWS, products._COLUMNS, products._DEPTH
+    side, few = products._SIDE, products._FEW
+    tiles = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "NEAR": products._NEAR}
+    tiles |= {"FROM_END": products._FROM_END, "ON_GPU": True}
+    wanted = []
+    for transposed, width, deep in ((True, 4096, 7168), (False, 7168, 4096)):
+        types = {
+            "rows": described(rows, depth),
+            "half_rows": described(rows // 2, depth),
+            "weight": described(columns, depth) if transposed else described(depth, columns),
+            "out": described(rows, columns),
+            "half_out": described(rows // 2, columns),
+            "listed": "*i32",
+            "queue": "*i64",
+        }
+        constants = {"HEIGHT": 4096, "WIDTH": width, "DEEP": deep, "TRANSPOSED": transposed}
+        wanted.append((products._product, types, constants | tiles, 8))
+    types = {
+        "left": described(few, side),
+        "right": described(few, side),
+        "out": described(side, side),
+        **dict.fromkeys(("ends", "order"), "*i32"),
+    }
+    sizes = {"HEIGHT": 4096, "WIDTH": 7168, "SIDE": side, "FEW": few, "NEAR": products._NEAR}
+    wanted.append((products._outer, types, sizes, 4))
+    for kernel, types, constants, warps in wanted:
+        code = compiled(kernel, types, constants, num_warps=warps, num_stages=4).asm["ptx"]
+        assert "wgmma.mma_async" in code, kernel
+        assert "wgmma.wait_group.sync.aligned 1" in code, f"{kernel}: products in flight"
+        assert "cp.async.bulk.tensor" in code, kernel
         assert ".local" not in code, f"{kernel}: registers spill"
 
 
@@ -91,7 +135,14 @@ def read_nothing():
                 "gate_up.weight": torch.empty(SLOTS, 2 * INTER, HIDDEN, **kind),
                 "down.weight": torch.empty(SLOTS, HIDDEN, INTER, **kind),
             }
-            layer = ExpertParallelMoE(torch.nn.Identity(), weights, plan, capacity=capacity)
+            layer = ExpertParallelMoE(
+                torch.nn.Identity(),
+                weights,
+                plan,
+                capacity=capacity,
+                fused=False,
+                row_multiple=64,
+            )
             x, grad = torch.randn(TOKENS, HIDDEN, **kind), torch.randn(TOKENS, HIDDEN, **kind)
             gates = torch.rand(TOKENS, TOP_K, **kind)
             ids = torch.randint(0, EXPERTS, (TOKENS, TOP_K), device="cuda")
@@ -120,8 +171,9 @@ def alone(function):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_kernels_compile_for_hopper():
-    alone(compile_kernels)
+@pytest.mark.parametrize("part", [compile_kernels, compile_products])
+def test_kernels_compile_for_hopper(part):
+    alone(part)
 
 
 def test_a_pass_reads_the_sizes_and_nothing_else():
@@ -149,7 +201,7 @@ def test_grouped_products_equal_those_slot_by_slot(counts, monkeypatch):
         return out, inner, half.grad_rows_NH, *half.weights()
 
     one_by_one = computed()
-    monkeypatch.setattr(experts, "_in_one", lambda *_: True)
+    monkeypatch.setattr(rows, "_in_one", lambda *_: True)
     together = computed()
     for number, (a, b) in enumerate(zip(together, one_by_one, strict=True)):
         # To what bfloat16 keeps of sums: integers of more than 8 bits are rounded.

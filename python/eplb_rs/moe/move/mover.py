@@ -16,8 +16,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from torch import distributed
-from torch.distributed.distributed_c10d import Store, _get_default_store
+from torch.distributed.distributed_c10d import Store, _get_default_store, get_backend_config
 
+from eplb_rs._inputs import wrong_type
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.moe.move.error import MoveError, StoreLostError, account
 from eplb_rs.moe.move.records import MoveRecords
@@ -25,7 +26,7 @@ from eplb_rs.moe.move.tasks import layer_tasks, most_arriving
 from eplb_rs.moe.move.transit import Cargo, Transit
 from eplb_rs.moe.sites import Sites, members
 from eplb_rs.moe.weights import ExpertWeights, checksum
-from eplb_rs.plan import Plan
+from eplb_rs.plan import Plan, as_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +66,7 @@ class ExpertMover:
     Args:
         weights: This rank's experts.
         group: The ranks; by default all of torch.distributed's. The mover makes a group of its
-            own of its members.
+            own of its members, with the same backends.
         store: Where commit records are kept. For a move to survive the loss of any rank the store
             must live in none: a ``TCPStore`` of the launcher. By default torch.distributed's own.
         load: Reads an expert that no rank holds any more from storage: called with layer, expert
@@ -104,12 +105,11 @@ class ExpertMover:
         on_switch: Callable[[int, Plan], None] | None = None,
     ) -> None:
         if not isinstance(weights, ExpertWeights):
-            raise InvalidInputError(
-                code="wrong_type",
-                argument="weights",
-                got=type(weights).__name__,
-                expected="ExpertWeights",
-                hint="`ExpertWeights.adopt` takes tensors as they are",
+            raise wrong_type(
+                "weights",
+                weights,
+                "ExpertWeights",
+                "`ExpertWeights.adopt` takes tensors as they are",
             )
         for name, value in (
             ("max_bytes_in_flight", max_bytes_in_flight),
@@ -123,9 +123,13 @@ class ExpertMover:
                 )
         self._limit = timedelta(seconds=limit_s)
         self._grace_s = grace_s
-        ranks = distributed.get_process_group_ranks(members(group))
+        given = members(group)
+        ranks = distributed.get_process_group_ranks(given)
         made: Any = distributed.new_group(
-            ranks, timeout=max(self._limit, _TO_MEET), use_local_synchronization=True
+            ranks,
+            timeout=max(self._limit, _TO_MEET),
+            backend=get_backend_config(given),
+            use_local_synchronization=True,
         )
         self._group: distributed.ProcessGroup = made
         self._records = MoveRecords(store or _get_default_store(), ranks, made.rank())
@@ -427,15 +431,7 @@ class ExpertMover:
             )
 
     def _check(self, old: Plan, new: Plan) -> None:
-        for argument, plan in (("old", old), ("new", new)):
-            if not isinstance(plan, Plan):
-                raise InvalidInputError(
-                    code="wrong_type",
-                    argument=argument,
-                    got=type(plan).__name__,
-                    expected="an eplb_rs.Plan",
-                    hint="`Plan.from_phy2log` makes one of an engine's map",
-                )
+        old, new = as_plan(old, "old"), as_plan(new, "new")
         same = (
             old.phy2log.shape == new.phy2log.shape
             and old.num_experts == new.num_experts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from eplb_rs._inputs import as_count, as_number
+from eplb_rs._inputs import as_count, as_number, wrong_type
 from eplb_rs.errors import InvalidInputError
 from eplb_rs.forecast import Forecaster
 from eplb_rs.scenarios import Outlook
@@ -152,12 +152,7 @@ _SHORTEST_WINDOW = 4
 
 def _check_kind(value: object, argument: str, kind: type) -> None:
     if value is not None and not isinstance(value, kind):
-        raise InvalidInputError(
-            code="wrong_type",
-            argument=argument,
-            got=type(value).__name__,
-            expected=f"{kind.__name__} or None",
-        )
+        raise wrong_type(argument, value, f"{kind.__name__} or None")
 
 
 def _check_name(value: object, argument: str, names: Any) -> None:

@@ -235,7 +235,7 @@ fn add(sum: &mut [f64], values: &[f32], weight: f64) {
 }
 
 /// The tokens of a layer.
-pub(super) fn total(values: &[f32]) -> f64 {
+pub(crate) fn total(values: &[f32]) -> f64 {
     values.iter().map(|&value| f64::from(value)).sum()
 }
 

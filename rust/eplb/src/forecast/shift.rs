@@ -51,19 +51,41 @@ pub(super) fn variation(
     0.5 * apart.sum::<f64>()
 }
 
-/// Tells shifts of the domain from the usual coming and going.
+/// How much of the load must be elsewhere, beyond what is usual, for the domain to have shifted.
+///
+/// A window's *distance* is its [total variation](total_variation) from all windows since the last
+/// shift, in the mean over layers. If each token chose its expert by itself, the numbers of tokens
+/// would say how large it is on average: at most the sum of `sqrt(a + b) / (2 sqrt(A B))` over
+/// experts, for counts a and b that add up to A and B. Tokens come in texts, and loads drift, so
+/// what is usual is a multiple of that: the median of the last 8, and 1 before. Where the distance
+/// exceeds the usual one by more than the threshold, the domain has shifted.
+pub const SHIFT_THRESHOLD: f64 = 0.15;
+
+/// How far apart samples of one and the same load are on average, at most: half the sum over
+/// experts of the root of the mean square of what their shares differ by, which is
+/// `p (1 / A + 1 / B)` for the pooled share `p = (a + b) / (A + B)`.
+fn sampling_noise(load: &[f32], load_total: f64, other: &[f64], other_total: f64) -> f64 {
+    let pairs = load.iter().zip(other);
+    let roots = pairs.map(|(&value, &other)| (f64::from(value) + other).sqrt());
+    roots.sum::<f64>() / (2.0 * load_total.sqrt() * other_total.sqrt())
+}
+
+/// How many past distances tell what is usual.
+const REMEMBERED: usize = 8;
+
+/// Tells shifts of the domain from the usual coming and going: see [`SHIFT_THRESHOLD`].
 #[derive(Debug, Clone)]
-pub(super) struct ShiftDetector {
+pub(crate) struct ShiftDetector {
     threshold: Option<f64>,
-    /// The distances that were no shifts: their sum and number.
-    usual: f64,
-    num_usual: usize,
+    /// The last distances, as multiples of the sampling noise, a ring; and how many there were.
+    multiples: [f64; REMEMBERED],
+    num_compared: usize,
     /// Of the last window, by layer.
     distance: Vec<f64>,
 }
 
 impl ShiftDetector {
-    pub(super) fn new(num_layers: usize, threshold: Option<f64>) -> Result<Self> {
+    pub(crate) fn new(num_layers: usize, threshold: Option<f64>) -> Result<Self> {
         if let Some(threshold) = threshold
             && !(0.0..=1.0).contains(&threshold)
         {
@@ -77,21 +99,20 @@ impl ShiftDetector {
         }
         Ok(Self {
             threshold,
-            usual: 0.0,
-            num_usual: 0,
+            multiples: [0.0; REMEMBERED],
+            num_compared: 0,
             distance: vec![0.0; num_layers],
         })
     }
 
-    pub(super) fn distance(&self) -> &[f64] {
+    pub(crate) fn distance(&self) -> &[f64] {
         &self.distance
     }
 
     /// Compares a window with the sum of those since the last shift, `[L, E]`, and says whether
-    /// the domain has shifted. The first distance is taken to be a usual one.
-    pub(super) fn compare(&mut self, window: &Load<'_>, sum: &[f64]) -> bool {
-        let mut mean = 0.0;
-        let mut loaded = 0usize;
+    /// the domain has shifted. A layer without load in one of them says nothing of that.
+    pub(crate) fn compare(&mut self, window: &Load<'_>, sum: &[f64]) -> bool {
+        let (mut apart, mut noise, mut loaded) = (0.0, 0.0, 0usize);
         for ((distance, values), sum) in self
             .distance
             .iter_mut()
@@ -100,21 +121,30 @@ impl ShiftDetector {
         {
             let totals = (total(values), sum.iter().sum());
             *distance = variation(values, totals.0, sum.iter().copied(), totals.1);
-            if totals.0 > 0.0 {
-                mean += *distance;
+            if totals.0 > 0.0 && totals.1 > 0.0 {
+                apart += *distance;
+                noise += sampling_noise(values, totals.0, sum, totals.1);
                 loaded += 1;
             }
         }
-        let mean = mean / loaded.max(1) as f64;
-        let usual = self.usual / self.num_usual.max(1) as f64;
-        let shifted = self.num_usual > 0
-            && self
-                .threshold
-                .is_some_and(|threshold| mean > usual + threshold);
-        if !shifted {
-            self.usual += mean;
-            self.num_usual += 1;
+        if loaded == 0 {
+            return false;
         }
-        shifted
+        let usual = noise * self.usual_multiple();
+        self.multiples[self.num_compared % REMEMBERED] = apart / noise;
+        self.num_compared += 1;
+        let beyond = (apart - usual) / loaded as f64;
+        self.threshold.is_some_and(|threshold| beyond > threshold)
+    }
+
+    /// The lower median of the last multiples, and 1 as long as there is room.
+    fn usual_multiple(&self) -> f64 {
+        let mut sorted = [1.0; REMEMBERED];
+        let len = (self.num_compared + 1).min(REMEMBERED);
+        let seen = self.num_compared.min(REMEMBERED);
+        sorted[..seen].copy_from_slice(&self.multiples[..seen]);
+        let sorted = &mut sorted[..len];
+        sorted.sort_unstable_by(f64::total_cmp);
+        sorted[(len - 1) / 2]
     }
 }

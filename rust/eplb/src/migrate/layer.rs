@@ -305,7 +305,9 @@ impl Layer {
     }
 
     /// Keeps the points that no mixture of others beats.
-    pub(crate) fn keep_hull(&mut self) {
+    pub(crate) fn keep_hull(&mut self, most: usize) {
+        let most = most.max(self.forced());
+        self.points.retain(|point| point.moves as usize <= most);
         keep_hull(&mut self.points);
     }
 

@@ -28,7 +28,18 @@ impl Planner {
         previous: &Placement,
         reach: &Reach,
     ) -> Result<Placement> {
-        self.migrate(load, previous, reach, false, |scratch| {
+        self.plan_from_at(self.budget, load, previous, reach)
+    }
+
+    /// The same with another budget.
+    pub(crate) fn plan_from_at(
+        &self,
+        budget: Budget,
+        load: &Load<'_>,
+        previous: &Placement,
+        reach: &Reach,
+    ) -> Result<Placement> {
+        self.migrate(budget, load, previous, reach, false, |scratch| {
             scratch.migrate.choose(reach, usize::MAX);
             self.write_moved(scratch, load, previous)
         })
@@ -50,7 +61,7 @@ impl Planner {
         limits: &TransferLimits<'_>,
     ) -> Result<Placement> {
         limits.check(load.num_layers())?;
-        self.migrate(load, previous, reach, true, |scratch| {
+        self.migrate(self.budget, load, previous, reach, true, |scratch| {
             scratch.migrate.choose(reach, 0);
             let mut best = self.write_moved(scratch, load, previous)?;
             // All up to `fits` pieces keep to the limits, as far as is known; `beyond` do not.
@@ -90,7 +101,7 @@ impl Planner {
             repeats,
             ..Reach::default()
         };
-        self.migrate(load, previous, &reach, true, |scratch| {
+        self.migrate(self.budget, load, previous, &reach, true, |scratch| {
             Ok(scratch.migrate.frontier())
         })
     }
@@ -98,6 +109,7 @@ impl Planner {
     /// Explores what moves lead to, and does something with it.
     fn migrate<T>(
         &self,
+        budget: Budget,
         load: &Load<'_>,
         previous: &Placement,
         reach: &Reach,
@@ -105,7 +117,7 @@ impl Planner {
         then: impl FnOnce(&mut Scratch) -> Result<T>,
     ) -> Result<T> {
         let mut scratch = self.take_scratch();
-        let explored = self.explore(load, previous, reach, whole, &mut scratch);
+        let explored = self.explore(budget, load, previous, reach, whole, &mut scratch);
         let result = explored.and_then(|()| then(&mut scratch));
         self.idle_scratch().push(scratch);
         result
@@ -114,6 +126,7 @@ impl Planner {
     /// Explores what moves lead to; where that falls short, a plan from scratch is tried.
     fn explore(
         &self,
+        all: Budget,
         load: &Load<'_>,
         previous: &Placement,
         reach: &Reach,
@@ -126,7 +139,7 @@ impl Planner {
             _ => self.balanced_shape(load.num_experts())?,
         };
         let start = Instant::now();
-        let budget = self.budget.halved();
+        let budget = all.halved();
         let migrate = &mut scratch.migrate;
         migrate.start(&self.topology, &shape, load, previous, reach.repeats)?;
         if !migrate.list_unsettled().is_empty() {
@@ -145,8 +158,10 @@ impl Planner {
         let falls_short = !scratch.migrate.list_short(reach).is_empty();
         // Where a node has no group left, moves may lead on, but a plan from scratch is refused.
         if let (true, Ok(shape)) = (falls_short, fresh) {
-            self.plan_listed(&shape, self.budget.since(start), load, scratch)?;
-            scratch.migrate.add_plans(&self.topology, &scratch.replicas);
+            self.plan_listed(&shape, all.since(start), load, scratch)?;
+            scratch
+                .migrate
+                .add_plans(reach, &self.topology, &scratch.replicas);
         }
         Ok(())
     }

@@ -1,5 +1,7 @@
 //! What slots and ranks carry in each scenario, while exchanges are tried.
 
+mod pour;
+
 use super::layer::{Exchange, Layer};
 use super::rows::{Futures, LANES, Row, squares};
 
@@ -116,19 +118,7 @@ impl<const SHARES: bool> Account<SHARES> {
         exchange: Exchange,
         limit: f32,
     ) -> bool {
-        self.trial.number += 1;
-        self.trial.ranks.clear();
-        self.trial.slots.clear();
-        let experts = layer.concerned(exchange);
-        for expert in experts {
-            self.touch(layer, expert);
-            self.lift(layer, expert);
-        }
-        let back = layer.make(exchange);
-        for expert in experts {
-            self.touch(layer, expert);
-            self.pour(layer, futures, expert);
-        }
+        let back = self.put_on_trial(layer, futures, exchange);
         let mut missing = self.worth_on_trial(futures) - limit;
         let mut course = [0.0; SWEEPS_IN_TRIAL];
         for sweep in 0..if SHARES { SWEEPS_IN_TRIAL } else { 0 } {
@@ -161,6 +151,73 @@ impl<const SHARES: bool> Account<SHARES> {
         }
         self.sum(layer, futures);
         true
+    }
+
+    /// What the placement is worth after an exchange, the tokens of other experts as they are.
+    #[inline(always)]
+    pub(super) fn after(
+        &mut self,
+        layer: &mut Layer,
+        futures: &Futures,
+        exchange: Exchange,
+    ) -> f32 {
+        let back = self.put_on_trial(layer, futures, exchange);
+        let worth = self.worth_on_trial(futures);
+        layer.make(back);
+        self.take_back();
+        worth
+    }
+
+    /// Makes an exchange on trial, pouring the two experts that it concerns; returns the one that
+    /// takes it back.
+    #[inline(always)]
+    fn put_on_trial(
+        &mut self,
+        layer: &mut Layer,
+        futures: &Futures,
+        exchange: Exchange,
+    ) -> Exchange {
+        self.trial.number += 1;
+        self.trial.ranks.clear();
+        self.trial.slots.clear();
+        if !SHARES && let Exchange::Swap { a, b } = exchange {
+            // Shares stay as they are, and so does all else.
+            let slots = [a, b].map(|slot| slot as usize);
+            slots.iter().for_each(|&slot| self.touch_slot(layer, slot));
+            let back = layer.make(exchange);
+            for slot in slots {
+                self.fill(layer, futures, slot);
+            }
+            return back;
+        }
+        let experts = layer.concerned(exchange);
+        for expert in experts {
+            self.touch(layer, expert);
+            self.lift(layer, expert);
+        }
+        let back = layer.make(exchange);
+        for expert in experts {
+            self.touch(layer, expert);
+            self.pour(layer, futures, expert);
+        }
+        back
+    }
+
+    /// Marks the ranks that are the heaviest in some scenario.
+    #[inline(always)]
+    pub(super) fn mark_heaviest(&self, futures: &Futures, marks: &mut [bool]) {
+        marks.fill(false);
+        for scenario in 0..futures.num_scenarios {
+            let (block, lane) = (scenario / LANES, scenario % LANES);
+            let mut heaviest = (0.0, 0);
+            for rank in 0..marks.len() {
+                let load = self.ranks[rank * self.num_blocks + block][lane];
+                if load > heaviest.0 {
+                    heaviest = (load, rank);
+                }
+            }
+            marks[heaviest.1] = true;
+        }
     }
 
     /// Sums ranks and squares anew: what was added and taken away has left rounding behind.
@@ -230,22 +287,26 @@ impl<const SHARES: bool> Account<SHARES> {
     /// Remembers what the slots of an expert and their ranks carry.
     #[inline(always)]
     fn touch(&mut self, layer: &Layer, expert: usize) {
-        let trial = &mut self.trial;
         for &slot in layer.places(expert) {
-            let slot = slot as usize;
-            if trial.slot_touched[slot] == trial.number {
-                continue;
-            }
-            trial.slot_touched[slot] = trial.number;
-            trial.slots.push(slot as u32);
-            copy(&self.parts, &mut trial.slot_rows, slot, self.num_blocks);
-            let rank = layer.rank(slot);
-            if trial.rank_touched[rank] != trial.number {
-                trial.rank_touched[rank] = trial.number;
-                trial.ranks.push(rank as u32);
-                copy(&self.ranks, &mut trial.rank_rows, rank, self.num_blocks);
-                trial.squares[rank] = self.squares[rank];
-            }
+            self.touch_slot(layer, slot as usize);
+        }
+    }
+
+    #[inline(always)]
+    fn touch_slot(&mut self, layer: &Layer, slot: usize) {
+        let trial = &mut self.trial;
+        if trial.slot_touched[slot] == trial.number {
+            return;
+        }
+        trial.slot_touched[slot] = trial.number;
+        trial.slots.push(slot as u32);
+        copy(&self.parts, &mut trial.slot_rows, slot, self.num_blocks);
+        let rank = layer.rank(slot);
+        if trial.rank_touched[rank] != trial.number {
+            trial.rank_touched[rank] = trial.number;
+            trial.ranks.push(rank as u32);
+            copy(&self.ranks, &mut trial.rank_rows, rank, self.num_blocks);
+            trial.squares[rank] = self.squares[rank];
         }
     }
 
@@ -266,188 +327,6 @@ impl<const SHARES: bool> Account<SHARES> {
             self.squares[rank] = trial.squares[rank];
         }
     }
-
-    /// Takes an expert's tokens off its slots.
-    #[inline(always)]
-    fn lift(&mut self, layer: &Layer, expert: usize) {
-        for &slot in layer.places(expert) {
-            self.set(layer, slot as usize, |_| [0.0; LANES]);
-        }
-    }
-
-    /// Gives a slot other tokens, block by block.
-    #[inline(always)]
-    fn set(&mut self, layer: &Layer, slot: usize, tokens: impl Fn(usize) -> Row) {
-        let rank = layer.rank(slot);
-        for block in 0..self.num_blocks {
-            let tokens = tokens(block);
-            let part = &mut self.parts[slot * self.num_blocks + block];
-            let whole = &mut self.ranks[rank * self.num_blocks + block];
-            for lane in 0..LANES {
-                whole[lane] += tokens[lane] - part[lane];
-            }
-            *part = tokens;
-        }
-    }
-
-    /// Splits an expert's tokens over its slots, other experts as they are: evenly, or so that the
-    /// ranks that get any are equally full and the others fuller.
-    #[inline(always)]
-    fn pour(&mut self, layer: &Layer, futures: &Futures, expert: usize) {
-        let places = layer.places(expert);
-        if !SHARES {
-            let share = 1.0 / places.len() as f32;
-            for &slot in places {
-                self.set(layer, slot as usize, |block| {
-                    futures.load(block, expert).map(|load| load * share)
-                });
-            }
-            return;
-        }
-        match *places {
-            [slot] => self.set(layer, slot as usize, |block| *futures.load(block, expert)),
-            [a, b] => self.pour_over(layer, futures, expert, [a as usize, b as usize]),
-            [a, b, c] => {
-                self.pour_over(layer, futures, expert, [a, b, c].map(|slot| slot as usize))
-            }
-            _ => self.pour_over_many(layer, futures, expert),
-        }
-    }
-
-    #[inline(always)]
-    fn pour_over<const C: usize>(
-        &mut self,
-        layer: &Layer,
-        futures: &Futures,
-        expert: usize,
-        slots: [usize; C],
-    ) {
-        let ranks = slots.map(|slot| layer.rank(slot));
-        if ranks
-            .iter()
-            .enumerate()
-            .any(|(index, rank)| ranks[..index].contains(rank))
-        {
-            return self.pour_over_many(layer, futures, expert);
-        }
-        for block in 0..self.num_blocks {
-            let load = futures.load(block, expert);
-            let mut rest = [[0.0; LANES]; C];
-            for one in 0..C {
-                let part = &self.parts[slots[one] * self.num_blocks + block];
-                let whole = &self.ranks[ranks[one] * self.num_blocks + block];
-                for lane in 0..LANES {
-                    rest[one][lane] = whole[lane] - part[lane];
-                }
-            }
-            let level = level(load, &rest);
-            for one in 0..C {
-                let part = &mut self.parts[slots[one] * self.num_blocks + block];
-                let whole = &mut self.ranks[ranks[one] * self.num_blocks + block];
-                for lane in 0..LANES {
-                    let more = level[lane] - rest[one][lane];
-                    part[lane] = if more > 0.0 { more } else { 0.0 };
-                    whole[lane] = rest[one][lane] + part[lane];
-                }
-            }
-        }
-    }
-
-    /// The same for any number of slots. Of several on a rank, the first gets the tokens of all.
-    #[inline(never)]
-    fn pour_over_many(&mut self, layer: &Layer, futures: &Futures, expert: usize) {
-        self.lift(layer, expert);
-        let mut hosts = std::mem::take(&mut self.trial.hosts);
-        hosts.clear();
-        for &slot in layer.places(expert) {
-            let rank = layer.rank(slot as usize) as u32;
-            if hosts.iter().all(|&(_, other)| other != rank) {
-                hosts.push((slot, rank));
-            }
-        }
-        for block in 0..self.num_blocks {
-            let load = futures.load(block, expert);
-            let mut level = [f32::INFINITY; LANES];
-            for _ in 0..hosts.len() {
-                let before = level;
-                let mut sums = *load;
-                let mut counts = [0.0f32; LANES];
-                for &(_, rank) in &hosts {
-                    let rest = &self.ranks[rank as usize * self.num_blocks + block];
-                    for lane in 0..LANES {
-                        let below = rest[lane] < level[lane];
-                        sums[lane] += if below { rest[lane] } else { 0.0 };
-                        counts[lane] += if below { 1.0 } else { 0.0 };
-                    }
-                }
-                for lane in 0..LANES {
-                    let lower = sums[lane] / counts[lane];
-                    level[lane] = if counts[lane] > 0.0 {
-                        lower
-                    } else {
-                        level[lane]
-                    };
-                }
-                if level == before {
-                    break;
-                }
-            }
-            for &(slot, rank) in &hosts {
-                let part = &mut self.parts[slot as usize * self.num_blocks + block];
-                let whole = &mut self.ranks[rank as usize * self.num_blocks + block];
-                for lane in 0..LANES {
-                    let more = level[lane] - whole[lane];
-                    part[lane] = if more > 0.0 { more } else { 0.0 };
-                    whole[lane] += part[lane];
-                }
-            }
-        }
-        self.trial.hosts = hosts;
-    }
-}
-
-/// How full ranks are when a load is poured over them.
-///
-/// It is the mean over those that get any, and these are the ones below it: without those above,
-/// the mean over the others is lower, until none is above.
-#[inline(always)]
-fn level<const C: usize>(load: &Row, rest: &[Row; C]) -> Row {
-    let mut level = *load;
-    if C == 2 {
-        for lane in 0..LANES {
-            let (a, b) = (rest[0][lane], rest[1][lane]);
-            let both = 0.5 * (load[lane] + a + b);
-            let one = load[lane] + if a < b { a } else { b };
-            level[lane] = if one < both { one } else { both };
-        }
-        return level;
-    }
-    for one in rest {
-        for lane in 0..LANES {
-            level[lane] += one[lane];
-        }
-    }
-    level = level.map(|sum| sum * (1.0 / C as f32));
-    for _ in 1..C {
-        let mut sums = *load;
-        let mut counts = [0.0f32; LANES];
-        for one in rest {
-            for lane in 0..LANES {
-                let below = one[lane] < level[lane];
-                sums[lane] += if below { one[lane] } else { 0.0 };
-                counts[lane] += if below { 1.0 } else { 0.0 };
-            }
-        }
-        for lane in 0..LANES {
-            let lower = sums[lane] / counts[lane];
-            level[lane] = if counts[lane] > 0.0 {
-                lower
-            } else {
-                level[lane]
-            };
-        }
-    }
-    level
 }
 
 /// Copies the rows of one slot or rank.

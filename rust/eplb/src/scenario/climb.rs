@@ -2,6 +2,7 @@
 
 use multiversion::multiversion;
 
+use super::Split;
 use super::account::Account;
 use super::layer::{Exchange, Layer};
 use super::rows::Futures;
@@ -26,38 +27,45 @@ const EVEN_HEAT: f32 = 0.015;
 const TRIALS_PER_STEP: usize = 16;
 const DRAWN_PER_STEP: usize = 4 * TRIALS_PER_STEP;
 
+/// Improves a layer for as long as there is fuel, and leaves the best placement it came by. Starts
+/// from what its slots hold or, if it is worth less and within reach, from the `other` placement.
 #[multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
     "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
 ))]
-pub(super) fn climb_even(layer: &mut Layer, futures: &Futures, max_moves: usize, fuel: &mut Fuel) {
-    let account = Account::<false>::new(layer, futures);
-    climb(layer, futures, account, max_moves, fuel);
-}
-
-#[multiversion(targets(
-    "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
-    "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
-))]
-pub(super) fn climb_shared(
+pub(super) fn climb(
     layer: &mut Layer,
     futures: &Futures,
+    split: Split,
     max_moves: usize,
+    other: Option<&[i64]>,
     fuel: &mut Fuel,
 ) {
-    let account = Account::<true>::new(layer, futures);
-    climb(layer, futures, account, max_moves, fuel);
+    match split {
+        Split::Uniform => climb_by::<false>(layer, futures, max_moves, other, fuel),
+        Split::Shares => climb_by::<true>(layer, futures, max_moves, other, fuel),
+    }
 }
 
-/// Improves a layer for as long as there is fuel, and leaves the best placement it came by.
 #[inline(always)]
-fn climb<const SHARES: bool>(
+fn climb_by<const SHARES: bool>(
     layer: &mut Layer,
     futures: &Futures,
-    mut account: Account<SHARES>,
     max_moves: usize,
+    other: Option<&[i64]>,
     fuel: &mut Fuel,
 ) {
+    let mut account = Account::<SHARES>::new(layer, futures);
+    if let Some(other) = other {
+        let here = layer.experts().to_vec();
+        layer.hold(other);
+        let there = Account::<SHARES>::new(layer, futures);
+        if layer.num_moves() <= max_moves && there.worth() < account.worth() {
+            account = there;
+        } else {
+            layer.hold(&here);
+        }
+    }
     let first = account.worth();
     let most_heat = if SHARES { SHARES_HEAT } else { EVEN_HEAT } * first;
     let least_gain = LEAST_PART * first;

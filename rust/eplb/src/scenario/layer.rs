@@ -81,9 +81,7 @@ impl Layer {
             layer.enter(slot, expert);
             let rank = layer.rank(slot);
             layer.before[rank * num_experts + expert] = true;
-            if let Some(&node) = layer.node_of_rank.get(rank) {
-                layer.node_of_expert[expert] = node;
-            }
+            layer.settle(slot);
         }
         layer.num_moves = 0;
         layer
@@ -237,6 +235,7 @@ impl Layer {
         }
         for &slot in &slots {
             self.enter(slot, experts[slot] as usize);
+            self.settle(slot);
         }
     }
 
@@ -263,6 +262,13 @@ impl Layer {
         let at = self.rank(slot) * self.num_experts + expert;
         self.num_moves += usize::from(self.held[at] == 0 && !self.before[at]);
         self.held[at] += 1;
+    }
+
+    /// Where groups are kept on nodes, takes the node of a slot for that of its expert.
+    fn settle(&mut self, slot: usize) {
+        if let Some(&node) = self.node_of_rank.get(self.rank(slot)) {
+            self.node_of_expert[self.experts[slot] as usize] = node;
+        }
     }
 
     /// Writes which expert each slot holds, `[R]`. What stayed on a rank has the slot it had at

@@ -1,7 +1,14 @@
 //! Moves handed out over layers: each goes as far along its path as moves are worth it.
 
 use super::layer::Exchange;
-use super::search::Made;
+
+/// An exchange that was made: what the layer was worth afterwards, and in how many moves.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Made {
+    pub(super) exchange: Exchange,
+    pub(super) num_moves: usize,
+    pub(super) value: f32,
+}
 
 /// The exchanges of a layer, each of which helps, and the points where moves are spent best.
 #[derive(Debug, Clone, Default)]

@@ -12,8 +12,7 @@ use rayon::prelude::*;
 
 use super::best::{self, Kind, Scratch};
 use super::layer::Layer;
-use super::paths::{self, Path};
-use super::search::Made;
+use super::paths::{self, Made, Path};
 use super::worth::Worth;
 use super::{Scenarios, layer_of};
 use crate::balance::{Budget, Fuel};

@@ -1,4 +1,4 @@
-//! A layer's loads in several scenarios, side by side, and tables of what follows from them.
+//! A layer's loads in several scenarios, side by side.
 
 /// How many scenarios a vector holds.
 pub(super) const LANES: usize = 16;
@@ -65,63 +65,6 @@ impl Futures {
     }
 }
 
-/// Numbers that depend on the scenario: a row of them for each rank, or each set of ranks.
-#[derive(Debug)]
-pub(super) struct Table {
-    /// `[blocks, capacity]`
-    rows: Vec<Row>,
-    capacity: usize,
-    pub(super) len: usize,
-}
-
-impl Table {
-    pub(super) fn new(num_blocks: usize, capacity: usize) -> Self {
-        Self {
-            rows: vec![[0.0; LANES]; num_blocks * capacity],
-            capacity,
-            len: 0,
-        }
-    }
-
-    /// The rows in use for a block of scenarios.
-    #[inline(always)]
-    pub(super) fn block(&self, block: usize) -> &[Row] {
-        &self.rows[block * self.capacity..][..self.len]
-    }
-
-    #[inline(always)]
-    pub(super) fn row_mut(&mut self, block: usize, row: usize) -> &mut Row {
-        &mut self.rows[block * self.capacity + row]
-    }
-
-    /// Sets all rows to zero.
-    pub(super) fn clear(&mut self) {
-        self.rows.fill([0.0; LANES]);
-    }
-
-    /// Calls `mark` with the row that is largest in each scenario.
-    pub(super) fn for_largest(&self, futures: &Futures, mut mark: impl FnMut(usize)) {
-        for scenario in 0..futures.num_scenarios {
-            let (block, lane) = (scenario / LANES, scenario % LANES);
-            let mut largest = (0.0, 0);
-            for (index, row) in self.block(block).iter().enumerate() {
-                if row[lane] > largest.0 {
-                    largest = (row[lane], index);
-                }
-            }
-            mark(largest.1);
-        }
-    }
-}
-
-/// `row += factor * other`, lane by lane.
-#[inline(always)]
-pub(super) fn add(row: &mut Row, factor: f32, other: &Row) {
-    for lane in 0..LANES {
-        row[lane] += factor * other[lane];
-    }
-}
-
 /// The sum over lanes, always in the same order.
 #[inline(always)]
 pub(super) fn total(row: &Row) -> f32 {
@@ -149,51 +92,4 @@ pub(super) fn squares(row: &Row, weights: &Row) -> f32 {
         squares[lane] = weights[lane] * over * over;
     }
     total(&squares)
-}
-
-/// What an exchange does to the rows of a table: for each of the two experts it concerns, how much
-/// of the expert's load each row gains.
-#[derive(Debug)]
-pub(super) struct Change {
-    pub(super) experts: [usize; 2],
-    gains: Vec<[f32; 2]>,
-    marked: Vec<bool>,
-    /// The rows that gain or lose anything.
-    pub(super) rows: Vec<u32>,
-}
-
-impl Change {
-    /// No change to so many rows.
-    pub(super) fn with_capacity(capacity: usize) -> Self {
-        Self {
-            experts: [0; 2],
-            gains: vec![[0.0; 2]; capacity],
-            marked: vec![false; capacity],
-            rows: Vec::with_capacity(capacity),
-        }
-    }
-
-    /// What a row gains of each expert's load.
-    #[inline(always)]
-    pub(super) fn of(&self, row: u32) -> [f32; 2] {
-        self.gains[row as usize]
-    }
-
-    #[inline(always)]
-    pub(super) fn gain(&mut self, which: usize, row: usize, more: f32) {
-        self.gains[row][which] += more;
-        if !self.marked[row] {
-            self.marked[row] = true;
-            self.rows.push(row as u32);
-        }
-    }
-
-    #[inline(always)]
-    pub(super) fn clear(&mut self) {
-        for &row in &self.rows {
-            self.gains[row as usize] = [0.0; 2];
-            self.marked[row as usize] = false;
-        }
-        self.rows.clear();
-    }
 }

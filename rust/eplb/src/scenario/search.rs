@@ -1,51 +1,19 @@
-//! Exchanges that make a layer better in its scenarios, one after another.
+//! Exchanges that each help by themselves, those that gain most first: so moves can be handed out
+//! over layers. For tokens that are split evenly.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use multiversion::multiversion;
 
-use super::even::Even;
+use super::account::Account;
 use super::layer::{Exchange, Layer};
-use super::rows::{Change, Futures};
+use super::paths::{Made, Path};
+use super::rows::Futures;
 use crate::balance::Fuel;
 
-/// What a placement is worth in the scenarios; less is better.
-pub(super) trait Judge {
-    /// The most rows its table may have.
-    fn capacity(&self) -> usize;
-
-    /// What a placement of even ranks is worth.
-    fn ideal(&self) -> f32;
-
-    /// What the placement is worth, if it is settled; else a bound below.
-    fn value(&self, futures: &Futures) -> f32;
-
-    /// A bound below for what it is worth after a change.
-    fn bound(&self, futures: &Futures, change: &Change) -> f32;
-
-    /// Looks at what is worst now.
-    fn look(&mut self, layer: &Layer, futures: &Futures);
-
-    /// Whether what was worst at the last look would be relieved if an expert were elsewhere, too.
-    fn suspects(&self, layer: &Layer, expert: usize) -> bool;
-
-    /// Whether it would be relieved if a slot held any other expert.
-    fn sheds(&self, layer: &Layer, slot: u32) -> bool;
-
-    /// Writes what an exchange would change.
-    fn change(&self, layer: &Layer, exchange: Exchange, change: &mut Change);
-
-    /// Takes note of an exchange that was made, which concerned these experts.
-    fn made(&mut self, layer: &Layer, futures: &Futures, experts: [usize; 2]);
-
-    /// Makes [`value`](Self::value) exact for the placement as it is, or shows that it is above
-    /// the limit.
-    fn settle(&mut self, layer: &Layer, futures: &Futures, limit: f32);
-}
-
-/// What an exchange must gain at least, as a part of what the layer loses at first to ranks not
-/// being even, and in any case, for the rounding of sums.
+/// What an exchange must gain at least, as a part of what the layer is worth at first, and in any
+/// case, for the rounding of sums.
 const LEAST_PART: f32 = 1e-4;
 const LEAST_GAIN: f32 = 2e-6;
 
@@ -53,111 +21,77 @@ const LEAST_GAIN: f32 = 2e-6;
 /// spend them well.
 const PART_OF_ALL_MOVES: f32 = 0.05;
 
-/// Looking at so many exchanges costs about as much as trying one.
+/// So many exchanges that are looked at are a step.
 const LOOKS_PER_STEP: u32 = 64;
 
-/// What a search may change.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    /// How many experts may arrive on a rank that did not hold them.
-    pub(super) max_moves: usize,
-}
-
-/// An exchange that was made: what the layer was worth afterwards, and in how many moves.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Made {
-    pub(super) exchange: Exchange,
-    pub(super) num_moves: usize,
-    pub(super) value: f32,
-}
-
-/// What a search uses and leaves behind.
-#[derive(Debug, Default)]
-pub(super) struct Scratch {
-    /// What may gain, and how much it did when that was seen last: most, then listed first, first.
-    candidates: Vec<Exchange>,
-    queue: BinaryHeap<(u32, Reverse<u32>)>,
-    suspects: Vec<u32>,
-    /// What the layer was worth at first, and all exchanges made.
-    pub(super) first: f32,
-    pub(super) path: Vec<Made>,
-}
-
+/// Makes exchanges until none helps, or there is no more fuel; notes them in the layer's path.
 #[multiversion(targets(
     "x86_64+avx512f+avx512bw+avx512cd+avx512dq+avx512vl+avx2+bmi1+bmi2+lzcnt+popcnt",
     "x86_64+avx2+bmi1+bmi2+lzcnt+popcnt"
 ))]
-pub(super) fn improve_even(
+pub(super) fn descend(
     layer: &mut Layer,
     futures: &Futures,
-    limits: Limits,
+    max_moves: usize,
     fuel: &mut Fuel,
-    scratch: &mut Scratch,
+    path: &mut Path,
 ) {
-    let judge = Even::new(layer, futures);
-    improve(layer, futures, judge, limits, fuel, scratch);
-}
-
-#[inline(always)]
-fn improve<J: Judge>(
-    layer: &mut Layer,
-    futures: &Futures,
-    judge: J,
-    limits: Limits,
-    fuel: &mut Fuel,
-    scratch: &mut Scratch,
-) {
-    scratch.first = judge.value(futures);
-    scratch.path.clear();
-    let lost = scratch.first - judge.ideal();
+    let account = Account::<false>::new(layer, futures);
+    let first = account.worth();
     let mut search = Search {
-        change: Change::with_capacity(judge.capacity()),
-        least_gain: LEAST_GAIN + LEAST_PART * lost,
-        gain_per_move: PART_OF_ALL_MOVES * lost / limits.max_moves.max(1) as f32,
+        max_moves: max_moves as i32,
+        least_gain: LEAST_GAIN + LEAST_PART * first,
+        gain_per_move: PART_OF_ALL_MOVES * first / max_moves.max(1) as f32,
+        heaviest: vec![false; layer.num_ranks()],
+        candidates: Vec::new(),
+        queue: BinaryHeap::new(),
         looks: 0,
+        made: Vec::new(),
         layer,
         futures,
-        judge,
-        limits,
-        scratch,
+        account,
     };
     search.descend(fuel);
+    path.take(first, &search.made);
 }
 
-struct Search<'a, J> {
+struct Search<'a> {
     layer: &'a mut Layer,
     futures: &'a Futures,
-    judge: J,
-    limits: Limits,
+    account: Account<false>,
+    max_moves: i32,
     least_gain: f32,
     gain_per_move: f32,
+    /// Whether a rank was the heaviest in some scenario at the last look.
+    heaviest: Vec<bool>,
+    /// What may gain, and how much it did when that was seen last: most, then listed first, first.
+    candidates: Vec<Exchange>,
+    queue: BinaryHeap<(u32, Reverse<u32>)>,
     /// How many exchanges were looked at since a step was last taken for it.
     looks: u32,
-    change: Change,
-    scratch: &'a mut Scratch,
+    made: Vec<Made>,
 }
 
-impl<J: Judge> Search<'_, J> {
-    /// Makes exchanges until none helps.
+impl Search<'_> {
     #[inline(always)]
     fn descend(&mut self, fuel: &mut Fuel) {
         loop {
             self.look(fuel);
-            if self.scratch.queue.is_empty() {
+            if self.queue.is_empty() {
                 return;
             }
-            while let Some((_, Reverse(index))) = self.scratch.queue.pop() {
+            while let Some((_, Reverse(index))) = self.queue.pop() {
                 if fuel.is_empty() {
                     return;
                 }
                 // What has become worth less than the next waits for its turn.
-                let exchange = self.scratch.candidates[index as usize];
+                let exchange = self.candidates[index as usize];
                 let Some(gain) = self.gain(exchange, fuel) else {
                     continue;
                 };
-                let next = self.scratch.queue.peek();
+                let next = self.queue.peek();
                 if next.is_some_and(|&next| next > (gain, Reverse(index))) {
-                    self.scratch.queue.push((gain, Reverse(index)));
+                    self.queue.push((gain, Reverse(index)));
                 } else {
                     fuel.step();
                     self.attempt(exchange);
@@ -166,42 +100,47 @@ impl<J: Judge> Search<'_, J> {
         }
     }
 
-    /// Queues the exchanges that gain.
+    /// Queues the exchanges that gain, of those that relieve one of the heaviest ranks.
     #[inline(always)]
     fn look(&mut self, fuel: &mut Fuel) {
-        self.judge.look(self.layer, self.futures);
+        self.account.mark_heaviest(self.futures, &mut self.heaviest);
+        self.candidates.clear();
+        self.queue.clear();
         let num_experts = self.layer.num_experts() as u32;
         let num_slots = self.layer.ranks().len() as u32;
-        self.scratch.candidates.clear();
-        self.scratch.queue.clear();
-        self.scratch.suspects.clear();
-        let suspects =
-            (0..num_experts).filter(|&expert| self.judge.suspects(self.layer, expert as usize));
-        self.scratch.suspects.extend(suspects);
-        for index in 0..self.scratch.suspects.len() {
-            let expert = self.scratch.suspects[index];
+        for expert in 0..num_experts {
+            if !self.burdens(expert as usize) {
+                continue;
+            }
             for slot in 0..num_slots {
                 self.consider(Exchange::Replace { slot, expert }, fuel);
             }
             for place in 0..self.layer.count(expert as usize) {
                 let a = self.layer.places(expert as usize)[place];
                 for b in 0..num_slots {
-                    // Of a swap of two suspects, once.
-                    if a < b || !self.judge.suspects(self.layer, self.layer.expert(b)) {
+                    // Of a swap of two that burden one, once.
+                    if a < b || !self.burdens(self.layer.expert(b)) {
                         self.consider(Exchange::Swap { a, b }, fuel);
                     }
                 }
             }
         }
         for slot in 0..num_slots {
-            if self.judge.sheds(self.layer, slot) && self.layer.count(self.layer.expert(slot)) > 1 {
+            if self.heaviest[self.layer.rank(slot as usize)] {
                 for expert in 0..num_experts {
-                    if !self.judge.suspects(self.layer, expert as usize) {
+                    if !self.burdens(expert as usize) {
                         self.consider(Exchange::Replace { slot, expert }, fuel);
                     }
                 }
             }
         }
+    }
+
+    /// Whether an expert is on one of the heaviest ranks.
+    #[inline(always)]
+    fn burdens(&self, expert: usize) -> bool {
+        let mut places = self.layer.places(expert).iter();
+        places.any(|&slot| self.heaviest[self.layer.rank(slot as usize)])
     }
 
     /// Queues an exchange if it gains.
@@ -211,76 +150,56 @@ impl<J: Judge> Search<'_, J> {
             return;
         }
         if let Some(gain) = self.gain(exchange, fuel) {
-            let index = self.scratch.candidates.len() as u32;
-            self.scratch.candidates.push(exchange);
-            self.scratch.queue.push((gain, Reverse(index)));
+            let index = self.candidates.len() as u32;
+            self.candidates.push(exchange);
+            self.queue.push((gain, Reverse(index)));
         }
     }
 
-    /// How much more than it must an exchange gains at most, or each of its moves, as the bits of a number above zero,
-    /// which are in its order; none if it does not, or may not be made.
+    /// How much more than it must an exchange gains, or each of its moves, as the bits of a number
+    /// above zero, which are in its order; none if it does not, or may not be made.
     #[inline(always)]
     fn gain(&mut self, exchange: Exchange, fuel: &mut Fuel) -> Option<u32> {
-        let most = self.most(self.judge.value(self.futures), exchange)?;
+        let limit = self.limit(exchange)?;
         self.looks += 1;
         if self.looks == LOOKS_PER_STEP {
             self.looks = 0;
             fuel.step();
         }
+        let after = self.account.after(self.layer, self.futures, exchange);
         // Moves are handed out over layers: what counts is what each gains.
-        let gain = most - self.bound_after(exchange);
-        let gain = gain / self.layer.more_moves(exchange).max(1) as f32;
+        let gain = (limit - after) / self.layer.more_moves(exchange).max(1) as f32;
         (gain > 0.0).then_some(gain.to_bits())
     }
 
-    /// Below what the value must come for an exchange to be made; none if it may not be.
+    /// Below what the worth must come for an exchange to be made; none if it may not be.
     #[inline(always)]
-    fn most(&self, now: f32, exchange: Exchange) -> Option<f32> {
+    fn limit(&self, exchange: Exchange) -> Option<f32> {
         if !self.layer.allows(exchange) {
             return None;
         }
         let more = self.layer.more_moves(exchange);
-        let moves = self.layer.num_moves() as i32 + more;
-        if more > 0 && moves > self.limits.max_moves as i32 {
+        if more > 0 && self.layer.num_moves() as i32 + more > self.max_moves {
             return None;
         }
-        Some(now - self.least_gain - self.gain_per_move * more as f32)
-    }
-
-    #[inline(always)]
-    fn bound_after(&mut self, exchange: Exchange) -> f32 {
-        self.judge.change(self.layer, exchange, &mut self.change);
-        let value = self.judge.bound(self.futures, &self.change);
-        self.change.clear();
-        value
+        Some(self.account.worth() - self.least_gain - self.gain_per_move * more as f32)
     }
 
     /// Makes an exchange if it gains.
     #[inline(always)]
     fn attempt(&mut self, exchange: Exchange) {
-        let now = self.judge.value(self.futures);
-        let Some(most) = self.most(now, exchange) else {
+        let Some(limit) = self.limit(exchange) else {
             return;
         };
-        let back = self.make(exchange);
-        self.judge.settle(self.layer, self.futures, most);
-        let value = self.judge.value(self.futures);
-        if value >= most {
-            self.make(back);
-            return;
+        if self
+            .account
+            .attempt(self.layer, self.futures, exchange, limit)
+        {
+            self.made.push(Made {
+                exchange,
+                num_moves: self.layer.num_moves(),
+                value: self.account.worth(),
+            });
         }
-        self.scratch.path.push(Made {
-            exchange,
-            num_moves: self.layer.num_moves(),
-            value,
-        });
-    }
-
-    #[inline(always)]
-    fn make(&mut self, exchange: Exchange) -> Exchange {
-        let experts = self.layer.concerned(exchange);
-        let back = self.layer.make(exchange);
-        self.judge.made(self.layer, self.futures, experts);
-        back
     }
 }
