@@ -6,7 +6,7 @@ use super::{EMPTY, Replica};
 
 /// Buffers for a placement that the caller keeps, for planning in a loop without allocating.
 ///
-/// Letters as in [`Placement`].
+/// Letters as in [`Placement`](super::Placement).
 #[derive(Debug)]
 pub struct PlacementMut<'a> {
     /// The expert in each slot, `[L, R]`.
