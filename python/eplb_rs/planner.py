@@ -81,7 +81,8 @@ class Planner:
             another node (:attr:`Plan.crossing_tokens`), in tokens that a rank computes; by default
             1. Made least is the load of the heaviest rank plus this times the tokens that cross, as
             a mean over ranks: 0 is ``"free"``, a high price ``"strict"``. Where nodes have no room
-            for whole groups, groups are ignored. Such a plan takes long: 0.1 to 0.3 s for 58 layers of 288 slots on 4 nodes.
+            for whole groups, groups are ignored. Such a plan takes long: 0.05 to 0.2 s for 58
+            layers of 288 slots on 4 nodes.
         iterations: Under ``policy="balanced"``, how many steps the search may take for a layer;
             by default 1,000. The same plan on every machine. Layers that are even enough stop
             sooner; more steps never give a worse plan.
@@ -481,7 +482,7 @@ class Planner:
                 moves; ``inconsistent`` for a topology whose GPUs are not all alike.
 
         Cost: see ``benches/results/next_window.json``; with shares and ``max_moves``, for one load
-        of 58 layers on 288 slots, 10 to 30 ms: see ``benches/results/few_moves.json``.
+        of 58 layers on 288 slots, 3 to 13 ms: see ``benches/results/few_moves.json``.
         """
         array = as_scenarios(scenarios, "scenarios")
         counts = as_weights(weights, len(array))

@@ -250,7 +250,7 @@ class StepPlanner:
                 ``read_only``, ``not_contiguous`` or ``in_use`` for a buffer. The buffers are then
                 as they were.
 
-        Cost: 5 to 13 us for 256 experts on 32 ranks, with quotas by source: see
+        Cost: 8 to 14 us for 256 experts on 32 ranks, with quotas by source: see
         ``benches/results/realtime.json``.
         """
         if not isinstance(out, StepBuffers):

@@ -103,8 +103,8 @@ impl Planner {
     /// # Cost
     /// An exchange takes about 0.15 us for 16 scenarios where replicas share evenly, and 0.2 to 0.5
     /// us where shares are made anew; a step of the budget is 16 of them. 26 layers of 64 experts
-    /// in 1,000 steps: 0.06 to 0.08 s, and with 32 scenarios and shares 0.3 to 0.7 s; see
-    /// `benches/results/next_window.json`.
+    /// and 24 scenarios in 2,000 steps: 0.2 s; with 32 scenarios and shares, in 1,000 steps, 0.3 to
+    /// 0.7 s; see `benches/results/next_window.json`.
     ///
     /// # Errors
     /// As [`plan`](Planner::plan); [`Code::TooLarge`] for more than [`MAX_SCENARIOS`];
