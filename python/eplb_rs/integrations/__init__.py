@@ -4,7 +4,8 @@ Installing the wheel changes nothing. The environment chooses, the same for all 
 
 =======================  =====================================================================
 ``EPLB_RS_POLICY``       ``balanced`` or ``deepseek``: plan with eplb-rs. Unset: the engine's own.
-``EPLB_RS_MAX_MOVES``    The part of all slots that a replan may change, 0 to 1; unset: all.
+``EPLB_RS_MAX_MOVES``    How many experts a replan may move to other ranks, as a part of all
+                         slots, 0 to 1. Unset: any number.
 ``EPLB_RS_GROUP_RULE``   ``strict`` (as the engines' own where groups divide over nodes) or
                          ``free``.
 ``EPLB_RS_ITERATIONS``   How long the search may go on; see :class:`eplb_rs.Planner`.

@@ -37,7 +37,8 @@ class EngineSettings:
 
     Attributes:
         policy: As for :class:`eplb_rs.Planner`.
-        max_moves: The part of all slots that a replan may change; ``None`` for all.
+        max_moves: How many experts a replan may move to other ranks, as a part of all slots;
+            ``None`` for any number.
         group_rule: As for :class:`eplb_rs.Planner`.
         iterations: As for :class:`eplb_rs.Planner`.
         share_width: How many entries of `log2phy` an expert may have; ``None`` splits evenly.

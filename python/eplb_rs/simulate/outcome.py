@@ -29,8 +29,8 @@ class PlanSteps:
 
     Attributes:
         windows: `[S]` int64, the first window that each plan served, as a number of the replay.
-        moves: `[S]` int64, slots that got their expert from another rank, over all layers. 0 for
-            the first.
+        moves: `[S]` int64, experts that arrived on a rank that did not hold them, over all
+            layers. 0 for the first.
         plan_us: `[S]` float64, planning in native code, in microseconds.
         transfer_s: `[S]` float64, how long its moves take, in seconds; ``None`` where the links
             or their speeds are not known.
