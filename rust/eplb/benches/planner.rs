@@ -1,8 +1,9 @@
 //! Times the planner on a load from a file, and prints what it saw as JSON.
 //!
 //! `cargo bench -p eplb --bench planner -- FILE LAYERS EXPERTS REPLICAS GROUPS NODES GPUS [LENGTH]`,
-//! where LENGTH is seconds of calls, or a number of calls (`10x`), and FILE holds little-endian `f32` loads, row-major. `benches/bench_planner.py` makes such
-//! files, runs this on all its cases and compares the answers.
+//! where LENGTH is seconds of calls, or a number of calls (`10x`), and FILE holds little-endian
+//! `f32` loads, row-major. `benches/planner.py` makes such files, runs this on all its cases and
+//! compares the answers.
 #![expect(
     clippy::print_stdout,
     clippy::unwrap_used,
