@@ -131,6 +131,7 @@ docs: tools $(STAMPS)/docs $(STAMPS)/demo $(STAMPS)/installed ## Documentation i
 .PHONY: bench
 bench: tools $(STAMPS)/bench $(STAMPS)/test $(STAMPS)/installed ## Time everything, beside its peers
 	@$(STEP) 'planner' $(BIN)/python benches/planner.py
+	@$(STEP) 'balanced plans' $(BIN)/python benches/balance
 	@$(STEP) 'shares' $(BIN)/python benches/shares.py
 	@$(STEP) 'real time' $(BIN)/python benches/realtime.py
 	@$(STEP) 'next window' $(BIN)/python benches/next_window.py

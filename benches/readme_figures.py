@@ -83,8 +83,8 @@ def moving() -> str:
         if "moves" in case
     ]
     return paragraphs(
-        "**Few weights moved.** The load of each expert changes by 10 %; a new plan may move so many "
-        "of 16,704 slots:",
+        "**Few weights moved.** The load of each expert changes by 10 %; a new plan may make so many "
+        "moves, on 16,704 slots:",
         table("moves | balance | ms", rows),
     )
 

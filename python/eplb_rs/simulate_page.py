@@ -190,8 +190,8 @@ _BODY = """\
 <div class="scroll outcomes" role="region" aria-label="The choices" tabindex="0">{table}</div>
 <p class="note">Balance: mean over largest rank load, each summed over layers; 1 is perfect. Worst: of
 one window. After shift: in windows of a new domain, before the next plan. Time: of the expert layers,
-if {baseline} takes 100 %. Moves: slots that get their expert from another rank, in a plan after the first. How tokens are
-split over an expert's replicas: {shares}.</p>
+if {baseline} takes 100 %. Moves: experts that arrive on a rank which did not hold them, in a plan after
+the first. How tokens are split over an expert's replicas: {shares}.</p>
 <h2>What balance costs</h2>
 {choice}
 <h2>Over time</h2>

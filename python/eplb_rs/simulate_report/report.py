@@ -301,7 +301,7 @@ class SimulationReport:
         if verdict.outcome is not verdict.baseline:
             pairs.append((f"{100 * figures['relative_time']:.0f} %", "of the expert layers' time"))
         if figures["plan_us"] is not None:
-            pairs.append((f"{100 * figures['moves_share']:.1f} %", "of slots change in a plan"))
+            pairs.append((f"{100 * figures['moves_share']:.1f} %", "of slots moved in a plan"))
             pairs.append((duration(figures["plan_us"]["median"]), "to plan all layers"))
         return pairs
 
