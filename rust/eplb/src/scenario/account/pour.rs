@@ -115,24 +115,10 @@ impl<const SHARES: bool> Account<SHARES> {
             let mut level = [f32::INFINITY; LANES];
             for _ in 0..hosts.len() {
                 let before = level;
-                let mut sums = *load;
-                let mut counts = [0.0f32; LANES];
-                for &(_, rank) in &hosts {
-                    let rest = &self.ranks[rank as usize * self.num_blocks + block];
-                    for lane in 0..LANES {
-                        let below = rest[lane] < level[lane];
-                        sums[lane] += if below { rest[lane] } else { 0.0 };
-                        counts[lane] += if below { 1.0 } else { 0.0 };
-                    }
-                }
-                for lane in 0..LANES {
-                    let lower = sums[lane] / counts[lane];
-                    level[lane] = if counts[lane] > 0.0 {
-                        lower
-                    } else {
-                        level[lane]
-                    };
-                }
+                let rest = hosts
+                    .iter()
+                    .map(|&(_, rank)| &self.ranks[rank as usize * self.num_blocks + block]);
+                level = lowered(load, rest, &before);
                 if level == before {
                     break;
                 }
@@ -174,23 +160,31 @@ fn level<const C: usize>(load: &Row, rest: &[Row; C]) -> Row {
     }
     level = level.map(|sum| sum * (1.0 / C as f32));
     for _ in 1..C {
-        let mut sums = *load;
-        let mut counts = [0.0f32; LANES];
-        for one in rest {
-            for lane in 0..LANES {
-                let below = one[lane] < level[lane];
-                sums[lane] += if below { one[lane] } else { 0.0 };
-                counts[lane] += if below { 1.0 } else { 0.0 };
-            }
-        }
-        for lane in 0..LANES {
-            let lower = sums[lane] / counts[lane];
-            level[lane] = if counts[lane] > 0.0 {
-                lower
-            } else {
-                level[lane]
-            };
-        }
+        level = lowered(load, rest.iter(), &level);
     }
     level
+}
+
+/// The level of those alone that are below this one; the same where none is.
+#[inline(always)]
+fn lowered<'a>(load: &Row, rest: impl Iterator<Item = &'a Row>, level: &Row) -> Row {
+    let mut sums = *load;
+    let mut counts = [0.0f32; LANES];
+    for one in rest {
+        for lane in 0..LANES {
+            let below = one[lane] < level[lane];
+            sums[lane] += if below { one[lane] } else { 0.0 };
+            counts[lane] += if below { 1.0 } else { 0.0 };
+        }
+    }
+    let mut lower = *level;
+    for lane in 0..LANES {
+        let mean = sums[lane] / counts[lane];
+        lower[lane] = if counts[lane] > 0.0 {
+            mean
+        } else {
+            level[lane]
+        };
+    }
+    lower
 }
