@@ -291,6 +291,26 @@ def make_case(
     return Case(layer, plan, expert_TK, gates, normal().requires_grad_(), normal())
 
 
+def captured(case: Case, plain: Case) -> torch.cuda.CUDAGraph:
+    """A step in a CUDA graph, which has to find what a plain step of the other case finds."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            case.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = case.step()
+    graph.replay()
+    case.layer.raise_on_overflow()
+    assert torch.equal(out, plain.step())
+    assert plain.x.grad is not None
+    assert torch.equal(case.x.grad, plain.x.grad)
+    assert torch.equal(case.layer.down.grad, plain.layer.down.grad)
+    return graph
+
+
 def summary(times: list[float]) -> dict[str, Any]:
     """Of milliseconds."""
     found = measuring.quantiles(1e3 * t for t in times)

@@ -39,7 +39,7 @@ import eplb_rs
 import measuring
 import torch
 from eplb_rs.moe import ExpertMover, ExpertWeights, sum_replica_gradients
-from moe_case import FULL, RANKS, TINY, Bench, Rank, check, gpus, ratio, summary
+from moe_case import FULL, RANKS, TINY, Bench, Rank, captured, check, gpus, ratio, summary
 from moe_moves import between_part, moves_part
 
 if TYPE_CHECKING:
@@ -104,32 +104,17 @@ def graph_part(bench: Bench) -> dict[str, Any]:
         return {}
     rows = sizes.tokens * sizes.top_k // RANKS * 9 // 8
     case = bench.case(0, bench.weights, bench.old, bench.loads[0], capacity=rows)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            case.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = case.step()
-    graph.replay()
-    case.layer.raise_on_overflow()
-    wanted = bench.ideal.step()
-    assert torch.equal(out, wanted)
-    assert bench.ideal.x.grad is not None
-    assert torch.equal(case.x.grad, bench.ideal.x.grad)
-    assert torch.equal(case.layer.down.grad, bench.ideal.layer.down.grad)
+    graph = captured(case, bench.ideal)
     bench.ideal.forget()
-    captured, plain = [], []
+    replays, plain = [], []
     for _ in range(bench.rounds):
-        captured.append(rank.timed(graph.replay))
+        replays.append(rank.timed(graph.replay))
         plain.append(rank.timed(bench.ideal.step))
         bench.ideal.forget()
     return {
         "capacity": rows,
-        "replay": summary(captured),
-        "replay / ideal": ratio(captured, plain),
+        "replay": summary(replays),
+        "replay / ideal": ratio(replays, plain),
     }
 
 

@@ -38,6 +38,7 @@ from moe_case import (
     Experts,
     Rank,
     Sizes,
+    captured,
     drawn,
     gpus,
     make_case,
@@ -272,28 +273,14 @@ def same(rows: int, got: Tensor, wanted: Tensor) -> bool:
     return torch.equal(got, wanted)
 
 
-def captured(
+def graph_part(
     rank: Rank, sizes: Sizes, held: ExpertWeights, rows: Any, rounds: int
 ) -> dict[str, Any]:
     """The ideal's share in a CUDA graph, beside its plain step."""
     plain = share_of(rank, sizes, held, rows)
     room = int(rows.sum()) * 33 // 32
     case = share_of(rank, sizes, held, rows, capacity=room)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            case.step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = case.step()
-    graph.replay()
-    case.layer.raise_on_overflow()
-    assert torch.equal(out, plain.step())
-    assert plain.x.grad is not None
-    assert torch.equal(case.x.grad, plain.x.grad)
-    assert torch.equal(case.layer.down.grad, plain.layer.down.grad)
+    graph = captured(case, plain)
     replays, steps = [], []
     for _ in range(rounds):
         replays.append(rank.timed(graph.replay))
@@ -376,7 +363,7 @@ def main() -> None:
                     args.rounds,
                     rank.device,
                 ),
-                "in a CUDA graph": captured(rank, sizes, held, fuller["ideal"], args.rounds),
+                "in a CUDA graph": graph_part(rank, sizes, held, fuller["ideal"], args.rounds),
             }
             del held
             torch.cuda.empty_cache()
